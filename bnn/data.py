@@ -1,0 +1,180 @@
+"""Data: what the user passes, as tensors whose first axis is the row, and the walk over batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bnn.errors import DataError
+
+LARGEST = 1e15  # beyond it a square overflows float32 soon, and every sum of squares is noise
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The positional arguments of a model, the last one being the observations.
+
+    Attributes:
+        tensors: arguments as tensors, (row, *) each, or () for a 0-d argument. Of a loader: its
+            first batch.
+        names: the model's argument names.
+        columns: column names of the arguments that had some (pandas), by argument name.
+        rows: number of rows.
+        loader: where batches come from when the data are not in memory.
+    """
+
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    rows: int = 0
+    loader: DataLoader | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Every argument but the observations."""
+        return self.tensors[:-1]
+
+    @property
+    def observations(self) -> Tensor:
+        """The last argument, (row, *)."""
+        return self.tensors[-1]
+
+    def batches(self, size: int | None, generator: torch.Generator) -> Iterator[tuple]:
+        """Endless minibatches: each pass over the rows is a new random order.
+
+        Args:
+            size: rows in a batch; None gives all rows every time.
+            generator: source of the orders.
+
+        Yields:
+            The model's arguments on the rows of one batch.
+        """
+        if self.loader is not None:
+            while True:
+                for batch in self.loader:
+                    yield tensors(tuple(batch), self.names)
+        if size is None or size >= self.rows:
+            while True:
+                yield self.tensors
+        while True:
+            order = torch.randperm(self.rows, generator=generator)
+            for start in range(0, self.rows - size + 1, size):
+                yield take(self.tensors, order[start : start + size])
+
+
+def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:
+    """The arguments at some rows; 0-d arguments belong to every row."""
+    return tuple(arg[rows] if arg.ndim else arg for arg in args)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """A shape with its axes named: `(row=60, column=3)`."""
+    names = ["row", "column"] if tensor.ndim <= 2 else ["row"]
+    names += [f"axis {i}" for i in range(len(names), tensor.ndim)]
+    return "(" + ", ".join(f"{n}={s}" for n, s in zip(names, tensor.shape, strict=False)) + ")"
+
+
+def tensors(args: tuple[Any, ...], names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Arrays as tensors: floats in torch's default dtype, integers as they are, all finite.
+
+    Args:
+        args: tensors, NumPy arrays, pandas objects, lists or numbers.
+        names: what to call them in messages.
+
+    Raises:
+        DataError: an argument is not numeric, not finite, too large, or lies on several devices.
+    """
+    made = tuple(_tensor(arg, name) for arg, name in zip(args, names, strict=True))
+    devices = {str(tensor.device): name for tensor, name in zip(made, names, strict=True)}
+    if len(devices) > 1:
+        found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise DataError(f"The data lie on several devices: {found}. Move them to one with .to().")
+    for tensor, name, arg in zip(made, names, args, strict=True):
+        _check_finite(tensor, name, column_names(arg))
+    return made
+
+
+def column_names(arg: Any) -> list[str]:
+    """Names of the columns of a pandas object, else an empty list."""
+    return [str(c) for c in arg.columns] if hasattr(arg, "columns") else []
+
+
+def _tensor(arg: Any, name: str) -> Tensor:
+    if arg is None:
+        raise DataError(f'"{name}" is None. Pass an array with one entry a row.')
+    if type(arg).__module__.startswith("scipy.sparse") or getattr(arg, "is_sparse", False):
+        raise DataError(f'"{name}" is a sparse array, found {type(arg).__name__}. Pass .toarray().')
+    if isinstance(arg, np.ma.MaskedArray):
+        raise DataError(
+            f'"{name}" is a masked array. Drop the masked rows, or fill them, and pass the result.'
+        )
+    if isinstance(arg, Tensor):
+        tensor = arg.detach()
+    else:
+        array = _array(arg, name)
+        tensor = torch.as_tensor(array.copy())  # own memory: read-only and strided arrays too
+    if tensor.is_complex():
+        raise DataError(f'"{name}" is complex ({tensor.dtype}). Pass its real and imaginary parts.')
+    if tensor.layout != torch.strided:
+        raise DataError(f'"{name}" has layout {tensor.layout}. Pass .to_dense().')
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _array(arg: Any, name: str) -> np.ndarray:
+    if hasattr(arg, "dtypes") and hasattr(arg, "columns"):  # a pandas DataFrame
+        for column, dtype in zip(arg.columns, arg.dtypes, strict=True):
+            if not (hasattr(dtype, "kind") and dtype.kind in "biuf"):
+                raise DataError(
+                    f'Column "{column}" of "{name}" holds {dtype}, not numbers. '
+                    f"Encode it, for example with pandas.get_dummies, or drop it."
+                )
+    try:
+        array = np.asarray(arg, dtype=None if not hasattr(arg, "columns") else float)
+    except ValueError as error:
+        raise DataError(
+            f'"{name}" cannot become an array: {error}. Pass rows of equal length.'
+        ) from error
+    if array.dtype == object:  # pandas' nullable columns, lists with None
+        try:
+            array = array.astype(float)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f'"{name}" holds Python objects that are not numbers ({error}). '
+                "Encode labels as 0, 1, 2, ..., for example with pandas.factorize."
+            ) from error
+    if array.dtype.kind not in "biuf":
+        raise DataError(
+            f'"{name}" holds {array.dtype}, not numbers. '
+            "Encode labels as 0, 1, 2, ..., for example with pandas.factorize."
+        )
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    return array
+
+
+def _check_finite(tensor: Tensor, name: str, columns: list[str]) -> None:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        kind = "NaN" if torch.isnan(tensor).any() else "infinite"
+        at = f"row {where[0]}" if where else "its only entry"
+        if len(where) > 1:
+            at += f', column "{columns[where[1]]}"' if columns else f", column {where[1]}"
+            if bad.flatten(2 if tensor.ndim > 2 else 1)[:, where[1]].all():
+                at += " (all of that column)"
+        raise DataError(
+            f'"{name}" has {int(bad.sum())} {kind} of {tensor.numel()} values, the first at {at}. '
+            "Drop those rows, or fill them in, before the fit."
+        )
+    largest = float(tensor.abs().max())
+    if largest > LARGEST:
+        raise DataError(
+            f'"{name}" reaches {largest:.3g}, beyond what {tensor.dtype} can square and add up. '
+            "Rescale it, for example to mean 0 and standard deviation 1."
+        )

@@ -1,0 +1,39 @@
+"""What can go wrong, by name: the model, the data, the fit, or a file."""
+
+
+class ModelError(ValueError):
+    """The model cannot be fitted as it is written: a site, a plate or a shape is wrong."""
+
+
+class DataError(ValueError):
+    """The data do not fit the model: rows, columns, types, labels or missing values."""
+
+
+class FitError(RuntimeError):
+    """A fit had to stop.
+
+    Attributes:
+        step: optimisation step or sampler iteration, counted from 0; None where there is none.
+        site: name of the site concerned, or None.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None, site: str | None = None):
+        super().__init__(message)
+        self.step = step
+        self.site = site
+
+
+class CheckpointError(RuntimeError):
+    """A file does not hold what it should: damaged, foreign, or of another schema."""
+
+
+class ConvergenceWarning(UserWarning):
+    """The answer is doubtful: the method has not reached what it approximates."""
+
+
+class ApproximationWarning(UserWarning):
+    """The answer is of another kind than one might think, and the message says which."""
+
+
+class DataWarning(UserWarning):
+    """The data can be used, and something about them probably was not meant."""

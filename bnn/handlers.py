@@ -1,0 +1,191 @@
+"""The few Pyro effects we need: run at a draw, score a run, capture it, keep parameters apart."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import transform_to
+
+
+def is_statement(message: Mapping[str, Any]) -> bool:
+    """True at a `pyro.sample` that carries probability: no plate index, factor or deterministic."""
+    return (
+        message["type"] == "sample"
+        and not isinstance(message["fn"], _Subsample)
+        and not message["infer"].get("_deterministic")
+        and not message["infer"].get("is_auxiliary")
+    )
+
+
+def unvalidated(fn: Any) -> Any:
+    """A copy of a distribution, and of the ones inside it, that does not check its arguments.
+
+    Checks branch on values, which `torch.func.vmap` refuses; a distribution built before the fit
+    (every `PyroSample` prior) carries its own flag, so the global switch does not reach it.
+    """
+    if not isinstance(fn, torch.distributions.Distribution):
+        return fn
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    for key, inner in vars(fn).items():
+        if isinstance(inner, torch.distributions.Distribution):
+            setattr(fn, key, unvalidated(inner))
+    return fn
+
+
+class At(Messenger):
+    """Runs a program at a draw: the named latent sites take the given values."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.values and not message["is_observed"]:
+            message["value"] = self.values[message["name"]]
+
+
+class Score(Messenger):
+    """Adds up log densities: `likelihood` over observed sites and factors, `prior` over latents.
+
+    Everything inside the data plate is scaled by rows / size of the plate as the model states it:
+    N/B when the model is given a minibatch of B of N rows, and 1 when its own plate subsamples
+    (Pyro has scaled by N/B then). `elsewhere` replaces the log density of the latent sites that
+    it names: a callable of the site's distribution.
+    """
+
+    def __init__(
+        self,
+        plate: str | None = None,
+        rows: int | None = None,
+        elsewhere: Mapping[str, Callable[[Distribution], Tensor]] | None = None,
+    ):
+        super().__init__()
+        self.plate, self.rows, self.elsewhere = plate, rows, elsewhere or {}
+        self.likelihood: Any = 0.0
+        self.prior: Any = 0.0
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        fn = message["fn"]
+        if isinstance(fn, _Subsample) or message["infer"].get("_deterministic"):
+            return
+        if message["name"] in self.elsewhere:
+            log_prob = self.elsewhere[message["name"]](fn)
+        else:
+            log_prob = unvalidated(fn).log_prob(message["value"])
+        scale = message["scale"]
+        for frame in message["cond_indep_stack"]:
+            if frame.name == self.plate and self.rows is not None:
+                scale = scale * (self.rows / (frame.full_size or frame.size))
+        total = scale_and_mask(log_prob, scale, message["mask"]).sum()
+        if message["is_observed"]:
+            self.likelihood = self.likelihood + total
+        else:
+            self.prior = self.prior + total
+
+
+class Capture(Messenger):
+    """Keeps what a run passed through: values of sites, and the distribution of one of them."""
+
+    def __init__(self, observed: str):
+        super().__init__()
+        self.observed = observed
+        self.values: dict[str, Tensor] = {}
+        self.fn: Any = None
+        self.value: Any = None
+        self.mask: Any = None
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if isinstance(message["fn"], _Subsample):
+            return
+        if message["name"] == self.observed:
+            self.fn, self.value, self.mask = message["fn"], message["value"], message["mask"]
+        else:
+            self.values[message["name"]] = message["value"]
+
+
+@contextmanager
+def quiet_pyro() -> Iterator[None]:
+    """Pyro without argument checks (ours come first), and without its global parameter store."""
+    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        yield
+
+
+def branch(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequence:
+    """A child in the tree of seeds: the same for the same key, whatever was spawned before."""
+    return np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, *key))
+
+
+def generator(seed: np.random.SeedSequence) -> torch.Generator:
+    """A torch generator seeded from the tree."""
+    return torch.Generator().manual_seed(_number(seed))
+
+
+def _number(seed: np.random.SeedSequence) -> int:
+    """64 hashed bits (63 are used): neighbouring seeds and children share no stream."""
+    return int(seed.generate_state(1, np.uint64)[0]) >> 1
+
+
+@contextmanager
+def seeded(seed: np.random.SeedSequence) -> Iterator[None]:
+    """Seeds every generator a model may draw from; the caller's are as before afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(_number(seed))
+        entropy = seed.generate_state(4)
+        random.seed(entropy.tobytes())
+        np.random.seed(entropy)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def parameters(
+    model: Callable[..., Any], args: tuple[Any, ...], values: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Gives the trainable tensors of a model (`pyro.param`, `nn.Parameter`) a life of their own.
+
+    Args:
+        model: the program that owns them; it is run once on `args` to find them.
+        args: its positional arguments.
+        values: constrained values to set, by name as in Pyro's parameter store.
+
+    Yields:
+        The unconstrained leaf tensors by name, free to be optimised in place. On exit every
+        tensor that belongs to the caller holds what it held before.
+    """
+    store = pyro.get_param_store()
+    with store.scope():
+        with poutine.block():
+            model(*args)
+        leaves = dict(store.named_parameters())
+        before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+        constraints = store.get_state()["constraints"]
+        try:
+            with torch.no_grad():
+                for name in leaves.keys() & (values or {}).keys():
+                    leaves[name].copy_(transform_to(constraints[name]).inv(values[name]))
+            yield leaves
+        finally:
+            with torch.no_grad():
+                for name, leaf in leaves.items():
+                    leaf.copy_(before[name])
+
+
+def constrained_parameters() -> dict[str, Tensor]:
+    """Present values in Pyro's parameter store, detached, in the space the user named."""
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}

@@ -1,0 +1,7 @@
+"""Ways to approximate a posterior: one method, one file."""
+
+from bnn.inference.map import MAP
+from bnn.inference.nuts import NUTS
+from bnn.inference.svi import SVI
+
+__all__ = ["MAP", "NUTS", "SVI"]

@@ -1,0 +1,265 @@
+"""Energy: a Pyro model and its data as a function of one flat unconstrained vector.
+
+z = concatenation over latent sites of T^-1(value), with T = biject_to(support), so that
+
+    log p(z, data) = log p(data | values) + log p(values) + log |det dT/dz|.
+
+The methods see this function and its gradient, batched over chains or particles, and nothing of
+Pyro; how it is evaluated is decided here.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.func import grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bnn.contract import Sites
+from bnn.data import Data
+from bnn.errors import FitError, ModelError
+from bnn.handlers import At, Capture, Score, branch, seeded
+from bnn.method import Model, Tensors
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a site lies in the flat vector, and how to reach its support from there."""
+
+    name: str
+    start: int
+    size: int
+    free: tuple[int, ...]  # shape before the transform
+    transform: Transform
+
+    @property
+    def span(self) -> slice:
+        """The entries of the flat vector."""
+        return slice(self.start, self.start + self.size)
+
+
+class Energy:
+    """The log joint density of a model and data over a flat vector z, (..., size)."""
+
+    def __init__(self, model: Model, data: Data, sites: Sites):
+        self.model, self.data, self.sites = model, data, sites
+        self.slots: list[Slot] = []
+        start = 0
+        for name, site in sites.latent.items():
+            transform = biject_to(site.support)
+            free = tuple(transform.inverse_shape(torch.Size(site.shape)))
+            size = int(np.prod(free, dtype=int))
+            self.slots.append(Slot(name, start, size, free, transform))
+            start += size
+        self.size = start
+        self._lifted = True
+
+    def values(self, z: Tensor) -> Tensors:
+        """The sites at one flat vector (size,), in the space the model states."""
+        return {s.name: s.transform(z[s.span].reshape(s.free)) for s in self.slots}
+
+    def unflatten(self, z: Tensor) -> Tensors:
+        """The sites at many flat vectors: (*lead, size) -> (*lead, *site) each."""
+        lead = z.shape[:-1]
+        return {
+            s.name: s.transform(z[..., s.span].reshape(*lead, *s.free)).contiguous()
+            for s in self.slots
+        }
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The flat vector of one draw; the inverse of `values`."""
+        parts = [s.transform.inv(values[s.name]).reshape(-1) for s in self.slots]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def terms(
+        self,
+        z: Tensor,
+        args: Sequence[Any],
+        *,
+        jacobian: bool = True,
+        elsewhere: Mapping[str, Callable[[Any], Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """log p(data | z) and log p(z) at one flat vector; on a minibatch, scaled to all rows.
+
+        Args:
+            z: flat vector, (size,).
+            args: the model's arguments, on all rows or on a minibatch.
+            jacobian: False leaves out log |det dT/dz|, for modes in the model's own space.
+            elsewhere: see `bnn.handlers.Score`.
+        """
+        with Score(self.sites.plate, self.data.rows, elsewhere) as score, At(self.values(z)):
+            self.model(*args)
+        prior = torch.as_tensor(score.prior, dtype=z.dtype)
+        if jacobian:
+            prior = prior + self.log_jacobian(z)
+        return torch.as_tensor(score.likelihood, dtype=z.dtype), prior
+
+    def log_jacobian(self, z: Tensor) -> Tensor:
+        """log |det dT/dz| summed over sites, at one flat vector."""
+        total = z.new_zeros(())
+        for s in self.slots:
+            free = z[s.span].reshape(s.free)
+            total = total + s.transform.log_abs_det_jacobian(free, s.transform(free)).sum()
+        return total
+
+    def log_joint(self, z: Tensor, args: Sequence[Any], *, jacobian: bool = True) -> Tensor:
+        """log p(data, z) at one flat vector, (size,) -> ()."""
+        likelihood, prior = self.terms(z, args, jacobian=jacobian)
+        return likelihood + prior
+
+    def batched(self, function: Callable[..., Any], *args: Tensor) -> Any:
+        """Lifts a function of one particle over the first axis of its arguments.
+
+        Some models cannot be lifted (they branch on values, or draw random numbers in place): those
+        are looped over.
+        """
+        if self._lifted:
+            try:
+                return vmap(function, randomness="different")(*args)
+            except (ModelError, FitError):
+                raise
+            except Exception:  # the loop below tells what else is wrong
+                self._lifted = False
+        runs = [function(*(a[i] for a in args)) for i in range(len(args[0]))]
+        if isinstance(runs[0], Tensor):
+            return torch.stack(runs)
+        return tuple(torch.stack(each) for each in zip(*runs, strict=True))
+
+    def initial(self, count: int, seed: np.random.SeedSequence, *, spread: float = 2.0) -> Tensor:
+        """Starting points: draws of the prior, each coordinate held within +-spread, (count, size).
+
+        A prior draw has the scale that the user gave each weight; the bound keeps vague and
+        heavy-tailed priors from starting where the gradient vanishes.
+
+        Raises:
+            FitError: no point with a finite density was found.
+        """
+        points = []
+        for chain in range(count):
+            for attempt in range(100):
+                with seeded(branch(seed, chain, attempt)), torch.no_grad():
+                    z = self._prior_draw().clamp(-spread, spread)
+                    if torch.isfinite(self.log_joint(z, self._args())):
+                        points.append(z)
+                        break
+            else:
+                raise FitError(
+                    "No starting point has a finite log density in 100 draws of the prior. "
+                    "Narrow the priors, or rescale the data.",
+                    step=0,
+                )
+        return torch.stack(points)
+
+    def prior_scale(self, seed: np.random.SeedSequence, draws: int = 32) -> Tensor:
+        """Rough prior standard deviation of each coordinate, within [1e-3, 1], (size,)."""
+        with seeded(seed), torch.no_grad():
+            many = torch.stack([self._prior_draw() for _ in range(draws)])
+        return many.std(0).clamp(1e-3, 1.0)
+
+    def _args(self) -> tuple[Any, ...]:
+        return self.data.tensors
+
+    def _prior_draw(self) -> Tensor:
+        capture = Capture(self.sites.observed)
+        with capture:
+            self.model(*self._args())
+        return self.flatten(capture.values)
+
+
+class Gradient:
+    """Potential U(z) = -log p(z, data) and its gradient for a fixed number of lanes, in NumPy.
+
+    The model is traced once to a flat graph of tensor operations, which spares Pyro's Python at
+    every call. A trace can be wrong without a word (a random operation, a branch on a value), so
+    it is used only after it has agreed with the untraced model at fresh points of both signs.
+    Every lane is computed by the same operations at the same place of the same shapes, whatever
+    the other lanes hold: a chain does not depend on how many others there are.
+    """
+
+    def __init__(self, energy: Energy, lanes: int, seed: np.random.SeedSequence):
+        self.energy, self.lanes = energy, lanes
+        args = energy.data.tensors
+
+        def potential(z: Tensor) -> Tensor:
+            return -energy.log_joint(z, args)
+
+        self._potential = potential
+        self._batched = vmap(grad_and_value(potential))
+        noise = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+        points = [torch.randn(lanes, energy.size, generator=noise) * s for s in (0.5, 0.5, 1.0)]
+        self._check_deterministic(points[0])
+        self.route, self._call = self._choose(points)
+
+    def __call__(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(lane, size) -> potential (lane,) and gradient (lane, size), float64."""
+        gradient, value = self._call(torch.from_numpy(z).to(torch.get_default_dtype()))
+        return value.numpy().astype(np.float64), gradient.numpy().astype(np.float64)
+
+    def _choose(self, points: list[Tensor]) -> tuple[str, Callable[[Tensor], Any]]:
+        exact = self._looped
+        try:
+            reference = [self._batched(p) for p in points]
+            if all(_close(a, exact(p)) for a, p in zip(reference, points, strict=True)):
+                exact = self._batched
+        except Exception:  # the loop over lanes serves every model
+            return "looped", exact
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch announces the end of torch.jit in 3.0
+                with torch.no_grad():
+                    graph = make_fx(self._batched)(points[0])
+                    traced = torch.jit.freeze(
+                        torch.jit.trace(graph, points[0], check_trace=False).eval()
+                    )
+                agrees = all(
+                    _close(traced(p), self._looped(p)) for p in (*points, *[-p for p in points])
+                )
+            if agrees:
+                return "traced", lambda z: _no_grad(traced, z)
+        except Exception:  # control flow that depends on values, or an operator without a trace
+            pass
+        return ("vmapped" if exact is self._batched else "looped"), exact
+
+    def _looped(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, values = [], []
+        for lane in z:
+            lane = lane.detach().requires_grad_()
+            with torch.enable_grad():
+                value = self._potential(lane)
+                (gradient,) = torch.autograd.grad(value, lane)
+            gradients.append(gradient)
+            values.append(value.detach())
+        return torch.stack(gradients), torch.stack(values)
+
+    def _check_deterministic(self, z: Tensor) -> None:
+        with torch.no_grad():
+            first, second = self._potential(z[0]), self._potential(z[0])
+        if not torch.equal(first, second) and not (torch.isnan(first) and torch.isnan(second)):
+            raise ModelError(
+                "The log density differs between two runs at the same draw: the model is random "
+                "beyond its sample statements. Is a dropout or batch norm layer in training mode? "
+                "Call net.eval()."
+            )
+
+
+def _no_grad(function: Callable[[Tensor], Any], z: Tensor) -> Any:
+    with torch.inference_mode():
+        return function(z)
+
+
+def _close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    tolerance = 1e-3 if first[0].dtype == torch.float32 else 1e-8
+    for a, b in zip(first, second, strict=True):
+        finite = torch.isfinite(b)
+        if not torch.equal(finite, torch.isfinite(a)):
+            return False
+        error = (a - b)[finite].abs()
+        if error.numel() and float((error / (1 + b[finite].abs())).max()) > tolerance:
+            return False
+    return True
+

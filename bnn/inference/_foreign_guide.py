@@ -1,0 +1,148 @@
+"""Guides that Pyro or the user wrote: fitted by Pyro's own ELBO, in a parameter store of their own."""
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
+from pyro.poutine.messenger import Messenger
+
+from bnn.contract import Sites, require_continuous
+from bnn.data import Data
+from bnn.errors import ModelError
+from bnn.handlers import branch, constrained_parameters, generator, is_statement, parameters, seeded
+from bnn.inference._optimise import maximise
+from bnn.method import Model
+from bnn.posterior import Posterior
+
+if TYPE_CHECKING:
+    from bnn.inference.svi import SVI
+
+_EVALUATIONS = 100
+
+
+class Rescale(Messenger):
+    """Scales sites inside the data plate by N/B, and latent sites by the weight of the KL."""
+
+    def __init__(self, plate: str | None, rows: int):
+        super().__init__()
+        self.plate, self.rows, self.weight = plate, rows, 1.0
+
+    def _pyro_sample(self, message: Any) -> None:
+        for frame in message["cond_indep_stack"]:
+            if frame.name == self.plate:
+                factor = self.rows / (frame.full_size or frame.size)
+                message["scale"] = message["scale"] * factor
+        if not message["is_observed"] and is_statement(message):
+            message["scale"] = message["scale"] * self.weight
+
+
+def fit_foreign(
+    method: "SVI",
+    model: Model,
+    data: Data,
+    sites: Sites,
+    *,
+    seed: np.random.SeedSequence,
+    progress: bool,
+) -> Posterior:
+    """SVI with a Pyro guide: an autoguide class or instance, or a callable of the model's arguments.
+
+    KL terms are closed-form where Pyro's mean-field ELBO applies (`AutoNormal`), sampled elsewhere.
+
+    Raises:
+        ModelError: the guide misses a latent site, or cannot be minibatched.
+    """
+    guide = method.guide
+    automatic = isinstance(guide, AutoGuide) or (
+        inspect.isclass(guide) and issubclass(guide, AutoGuide)
+    )
+    if automatic:
+        require_continuous(sites, repr(method))
+        if sites.locals and (method.batch_size or data.loader or sites.subsampled):
+            raise ModelError(
+                f'An autoguide holds one value of "{sites.locals[0]}" for each row, and a minibatch '
+                "shows it some of the rows. Leave batch_size out, or write a guide(x, y)."
+            )
+    rescale = Rescale(sites.plate, data.rows)
+    with seeded(branch(seed, 2)), parameters(model, data.tensors):
+        if inspect.isclass(guide):
+            guide = guide(model)
+        elif isinstance(guide, torch.nn.Module):
+            guide = copy.deepcopy(guide)  # the caller's guide keeps its state
+        first = next(data.batches(method.batch_size, generator(branch(seed, 3))))
+        _check_guide(guide, first, sites)
+        mean_field = isinstance(guide, AutoNormal | AutoDelta)
+        kind = TraceMeanField_ELBO if mean_field else Trace_ELBO
+
+        def objective(batch: tuple[Any, ...], step: int, particles: int) -> torch.Tensor:
+            rescale.weight = min(1.0, (step + 1) / (method.annealing + 1))
+            loss = kind(num_particles=particles).differentiable_loss
+            with rescale:
+                return -loss(model, guide, *batch)
+
+        objective(first, method.annealing, 1)  # creates what the guide optimises
+        history = maximise(
+            lambda batch, step: objective(batch, step, method.particles),
+            dict(pyro.get_param_store().named_parameters()),
+            data.batches(method.batch_size, generator(branch(seed, 3))),
+            method,
+            what="SVI",
+            progress=progress,
+            settle=method.annealing,
+        )
+        with torch.no_grad():
+            args = first if data.loader is not None else data.tensors
+            runs = [poutine.trace(guide).get_trace(*args) for _ in range(method.draws)]
+            elbo = float(objective(args, method.annealing, _EVALUATIONS))
+        params = constrained_parameters()
+    draws = {
+        name: torch.stack([run.nodes[name]["value"] for run in runs])[None]
+        for name in sites.latent
+        if data.loader is None or name in sites.globals
+    }
+    return Posterior(
+        model=model,
+        method=method,
+        data=data,
+        sites=sites,
+        draws=draws,
+        params=params,
+        history=history,
+        elbo=None if isinstance(guide, AutoDelta) else elbo,
+    )
+
+
+def _check_guide(guide: Any, args: tuple[Any, ...], sites: Sites) -> None:
+    try:
+        trace = poutine.trace(guide).get_trace(*args)
+    except Exception as error:
+        raise ModelError(
+            f"The guide raised {type(error).__name__}: {error} It is called as the model is, with "
+            f"({', '.join(sites.names)})."
+        ) from error
+    missing = [name for name in sites.latent if name not in trace.nodes]
+    extra = [
+        name
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and is_statement(node) and name not in sites.latent
+        and not node["infer"].get("is_auxiliary")
+    ]  # fmt: skip
+    if missing or extra:
+        raise ModelError(
+            f"The guide and the model name different sites: the guide misses {missing} and adds "
+            f"{extra}. Name every latent site of the model in the guide; mark helpers with "
+            'infer={"is_auxiliary": True}.'
+        )
+    for name in sites.latent:
+        shape = tuple(trace.nodes[name]["value"].shape)
+        if name in sites.globals and shape != sites.latent[name].shape:
+            raise ModelError(
+                f'The guide draws "{name}" with shape {shape} and the model states '
+                f"{sites.latent[name].shape}. Give both the same plates and event axes."
+            )

@@ -1,0 +1,182 @@
+"""Guide families over the flat unconstrained vector: q(z), reparameterised.
+
+A family is built around a starting point and a scale; its tensors are optimised in place. Sampling
+is pathwise, so gradients pass through the draw (Kingma and Welling 2014). Gaussian families know
+their entropy and marginal moments exactly; `Point` has neither.
+
+Of each family: `independent` says whether sites are independent under q, `spreads` whether q has a
+density (a point has none, and its objective leaves the Jacobian out).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from pyro.distributions.transforms import affine_autoregressive
+from torch import Tensor
+
+_LOG_2PI_E = 1 + math.log(2 * math.pi)
+
+
+class Normal:
+    """q(z) = prod_i N(z_i | loc_i, scale_i^2): every coordinate on its own."""
+
+    independent, spreads = True, True
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        self.tensors = {"loc": loc.clone(), "log_scale": scale.log()}
+
+    def sample(self, noise: Callable[..., Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """Draws (count, size), and their log density where the entropy is not known, else None."""
+        loc, scale = self.tensors["loc"], self.tensors["log_scale"].exp()
+        return loc + scale * noise(count, len(loc)), None
+
+    def entropy(self) -> Tensor:
+        """E_q[-log q(z)], nats."""
+        log_scale = self.tensors["log_scale"]
+        return log_scale.sum() + 0.5 * _LOG_2PI_E * len(log_scale)
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance of each coordinate, or None where they are not known."""
+        return self.tensors["loc"], (2 * self.tensors["log_scale"]).exp()
+
+
+class FullRank:
+    """q(z) = N(loc, L L^T), L lower triangular with a positive diagonal."""
+
+    independent, spreads = False, True
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        size = len(loc)
+        self.tensors = {
+            "loc": loc.clone(),
+            "log_diagonal": scale.log(),
+            "below": loc.new_zeros(size * (size - 1) // 2),
+        }
+        self._place = torch.tril_indices(size, size, -1)
+
+    def _root(self) -> Tensor:
+        diagonal = self.tensors["log_diagonal"].exp()
+        # Rows in units of their own scale, so that one learning rate suits all of them.
+        below = self.tensors["below"] * diagonal.detach()[self._place[0]]
+        return torch.diag(diagonal).index_put((self._place[0], self._place[1]), below)
+
+    def sample(self, noise: Callable[..., Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """See `Normal.sample`."""
+        loc = self.tensors["loc"]
+        return loc + noise(count, len(loc)) @ self._root().T, None
+
+    def entropy(self) -> Tensor:
+        """See `Normal.entropy`."""
+        log_diagonal = self.tensors["log_diagonal"]
+        return log_diagonal.sum() + 0.5 * _LOG_2PI_E * len(log_diagonal)
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """See `Normal.moments`."""
+        return self.tensors["loc"], self._root().square().sum(1)
+
+
+class LowRank:
+    """q(z) = N(loc, diag(scale^2) + F F^T), F of rank about sqrt(size) (Ong, Nott, Smith 2018)."""
+
+    independent, spreads = False, True
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        size = len(loc)
+        rank = max(1, round(math.sqrt(size)))
+        # A small deterministic pattern: at F = 0 the gradient of F would vanish.
+        pattern = torch.cos(torch.arange(size * rank, dtype=loc.dtype)).view(size, rank)
+        self.tensors = {
+            "loc": loc.clone(),
+            "log_scale": scale.log(),
+            "factor": 0.1 * pattern / math.sqrt(rank),
+        }
+
+    def _factor(self) -> Tensor:
+        return self.tensors["factor"] * self.tensors["log_scale"].exp().detach()[:, None]
+
+    def sample(self, noise: Callable[..., Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """See `Normal.sample`."""
+        loc, scale, factor = self.tensors["loc"], self.tensors["log_scale"].exp(), self._factor()
+        shared = noise(count, factor.shape[1]) @ factor.T
+        return loc + scale * noise(count, len(loc)) + shared, None
+
+    def entropy(self) -> Tensor:
+        """See `Normal.entropy`; the determinant by the matrix determinant lemma."""
+        log_scale, factor = self.tensors["log_scale"], self._factor()
+        scaled = factor / log_scale.exp()[:, None]
+        capacitance = torch.eye(factor.shape[1]).to(factor) + scaled.T @ scaled
+        half_log_det = log_scale.sum() + 0.5 * torch.logdet(capacitance)
+        return half_log_det + 0.5 * _LOG_2PI_E * len(log_scale)
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """See `Normal.moments`."""
+        scale, factor = self.tensors["log_scale"].exp(), self._factor()
+        return self.tensors["loc"], scale.square() + factor.square().sum(1)
+
+
+class Flow:
+    """q(z): a Gaussian pushed through two inverse autoregressive flows (Kingma et al. 2016)."""
+
+    independent, spreads = False, True
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        size = len(loc)
+        self.tensors = {"loc": loc.clone(), "log_scale": scale.log()}
+        self._flows = []
+        hidden = [max(2 * size, 16)]
+        for layer in range(2 if size > 1 else 0):
+            flow = affine_autoregressive(size, hidden_dims=hidden, stable=True)
+            with torch.no_grad():  # start near the identity
+                for weight in flow.parameters():
+                    weight.mul_(0.1)
+            self._flows.append(flow)
+            named = flow.named_parameters()
+            self.tensors |= {f"flow.{layer}.{name}": weight for name, weight in named}
+
+    def sample(self, noise: Callable[..., Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """See `Normal.sample`."""
+        loc, log_scale = self.tensors["loc"], self.tensors["log_scale"]
+        x = noise(count, len(loc))
+        log_q = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1) - log_scale.sum()
+        for flow in self._flows:
+            y = flow(x)
+            log_q = log_q - flow.log_abs_det_jacobian(x, y)
+            x = y.flip(-1)  # each flow sees the coordinates in the other order
+        return loc + log_scale.exp() * x, log_q
+
+    def entropy(self) -> None:
+        """Not known in closed form."""
+
+    def moments(self) -> None:
+        """Not known in closed form."""
+
+
+class Point:
+    """All mass at one point: the mode of the posterior in the model's own space."""
+
+    independent, spreads = False, False
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        self.tensors = {"loc": loc.clone()}
+
+    def sample(self, noise: Callable[..., Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+        """The point itself, (count, size)."""
+        return self.tensors["loc"].expand(count, -1), None
+
+    def entropy(self) -> float:
+        """A point has no density; 0 makes the objective the log joint."""
+        return 0.0
+
+    def moments(self) -> None:
+        """A point has no spread."""
+
+
+FAMILIES = {
+    "normal": Normal,
+    "low_rank": LowRank,
+    "full_rank": FullRank,
+    "flow": Flow,
+    "point": Point,
+}
+

@@ -1,0 +1,105 @@
+"""Maximum a posteriori: the mode of p(values | data), by gradient ascent.
+
+    values* = argmax log p(data | values) + log p(values)
+
+in the space that the model states its sites in: no Jacobian, so that the mode of a scale is the
+mode the user would draw. Every draw is the mode; the observation noise is what its predictions
+still spread by.
+
+When not to use it: to know how sure a net is. A point has no epistemic uncertainty, and the mode
+of a model with latent scales can sit where hardly any mass is (funnels, horseshoes).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bnn.contract import Sites, require_continuous
+from bnn.data import Data
+from bnn.errors import ModelError
+from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
+from bnn.inference._energy import Energy
+from bnn.inference._optimise import Optimised, maximise
+from bnn.method import Model, check_count
+from bnn.posterior import Posterior
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAP(Optimised):
+    """The posterior's mode.
+
+    Attributes:
+        restarts: starting points, each a chain of its own.
+        draws: how often each mode is repeated, so that predictions carry noise (no memory is used).
+
+    References:
+        Murphy (2022), Probabilistic machine learning: an introduction, section 4.5.
+
+    Example:
+        >>> MAP(restarts=3)
+        MAP(steps=5000, learning_rate=0.01, batch_size=None, schedule='plateau', restarts=3, draws=1000)
+    """
+
+    restarts: int = 1
+    draws: int = 1_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("MAP", restarts=self.restarts, draws=self.draws)
+
+    def fit(
+        self,
+        model: Model,
+        data: Data,
+        sites: Sites,
+        *,
+        seed: np.random.SeedSequence,
+        progress: bool,
+    ) -> Posterior:
+        """See `Method.fit`."""
+        require_continuous(sites, "MAP")
+        if sites.params and self.restarts > 1:
+            raise ModelError(
+                f"MAP(restarts={self.restarts}) gives every restart its own draw, and the trainable "
+                f"tensors without a prior ({', '.join(sites.params[:3])}) have one value only. Use "
+                "restarts=1, or give them a prior."
+            )
+        if sites.locals and (data.loader or sites.subsampled or self.batch_size):
+            raise ModelError(
+                f'MAP holds one value of "{sites.locals[0]}" for each row, and a minibatch shows it '
+                "some of the rows. Leave batch_size out."
+            )
+        energy = Energy(model, data, sites)
+        modes, histories, params = [], [], {}
+        for restart, start in enumerate(energy.initial(self.restarts, branch(seed, 0))):
+            z = start.clone()
+            with seeded(branch(seed, 2, restart)), parameters(model, data.tensors) as leftovers:
+                histories.append(
+                    maximise(
+                        lambda batch, _, z=z: energy.log_joint(z, batch, jacobian=False),
+                        {"mode": z, **leftovers},
+                        data.batches(self.batch_size, generator(branch(seed, 3, restart))),
+                        self,
+                        what=f"MAP {restart + 1}/{self.restarts}",
+                        progress=progress,
+                    )
+                )
+                params = constrained_parameters()
+            modes.append(z.detach())
+        values = energy.unflatten(torch.stack(modes))
+        best = max(histories, key=lambda h: float(h[-1]))
+        return Posterior(
+            model=model,
+            method=self,
+            data=data,
+            sites=sites,
+            draws={k: _repeated(v, self.draws) for k, v in values.items()},
+            params=params,
+            history=best,
+        )
+
+
+def _repeated(modes: torch.Tensor, draws: int) -> torch.Tensor:
+    """(restart, *site) -> (restart, draw, *site), without copies."""
+    return modes[:, None].expand(modes.shape[0], draws, *modes.shape[1:])

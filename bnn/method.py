@@ -1,0 +1,85 @@
+"""Method: the settings of one way to approximate p(weights | data)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bnn.contract import Sites
+    from bnn.data import Data
+    from bnn.posterior import Posterior
+
+Model = Callable[..., Any]
+Tensors = dict[str, Tensor]
+
+METHODS: dict[str, type["Method"]] = {}
+"""Every concrete method by its class name: what `bnn.load` looks a name up in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Settings of one way to approximate p(weights | data): frozen, equal by value.
+
+    A method is written in one file: a subclass with its settings as fields, `fit`, and, where the
+    program that predicts is not the user's model itself, `program`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        METHODS[cls.__name__] = cls
+
+    @abstractmethod
+    def fit(
+        self,
+        model: Model,
+        data: "Data",
+        sites: "Sites",
+        *,
+        seed: np.random.SeedSequence,
+        progress: bool,
+    ) -> "Posterior":
+        """Approximates the posterior. Called by `bnn.fit`, after the contract check.
+
+        Args:
+            model: the user's model.
+            data: its arguments, checked.
+            sites: what the contract check found in it.
+            seed: root of every random number; spawn one child for each chain, member or phase.
+            progress: whether to show a bar.
+        """
+
+    def program(self, model: Model, params: Tensors) -> Model:
+        """The callable that, run at one draw, samples the observations. Default: the model."""
+        return model
+
+
+def check_count(method: str, **counts: Any) -> None:
+    """Refuses settings that are not whole numbers of at least 1.
+
+    Raises:
+        TypeError: one is not a whole number.
+        ValueError: one is below 1.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{method}({name}={value!r}): {name} is a whole number, for example 4.")
+        if value < 1:
+            raise ValueError(f"{method}({name}={value!r}): {name} is at least 1.")
+
+
+def check_positive(method: str, **values: Any) -> None:
+    """Refuses settings that are not finite numbers above 0.
+
+    Raises:
+        TypeError: one is not a number.
+        ValueError: one is not above 0, or not finite.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            raise TypeError(f"{method}({name}={value!r}): {name} is a number above 0.")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{method}({name}={value!r}): {name} is a finite number above 0.")

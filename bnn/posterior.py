@@ -1,0 +1,260 @@
+"""Posterior: draws of a model's weights, whatever the method, and what can be done with them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from bnn import contract
+from bnn.contract import Sites
+from bnn.data import Data, take
+from bnn.errors import DataError, ModelError
+from bnn.handlers import At, Capture, branch, parameters, quiet_pyro, seeded, unvalidated
+from bnn.method import Method, Model, Tensors
+from bnn.prediction import Prediction, predict
+
+if TYPE_CHECKING:
+    import os
+
+_PREDICT, _LIKELIHOOD = 1, 2  # branches of the seed tree, apart from the fit's
+_ROWS, _CELLS = 512, 65_536
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Posterior:
+    """What a method knows of p(weights | data): draws, and the program to run at them.
+
+    *chain* counts independent runs, whose agreement is a question of convergence; *draw* counts
+    exchangeable samples. NUTS gives (chains, draws), variational inference (1, draws), K restarts
+    (K, draws).
+
+    Attributes:
+        model: the user's model.
+        method: the settings it was fitted with.
+        data: what it was fitted to.
+        sites: what the contract check found in the model.
+        draws: latent site -> (chain, draw, *site), in the space that the model states. Sites
+            inside the data plate belong to the training rows.
+        params: trainable tensors that have no prior, and tensors of a fitted guide.
+        stats: (chain, draw) each, under ArviZ's names: diverging, energy, tree_depth, lp, ...
+        history: objective at each step, (step,), for the methods that optimise; the ELBO for
+            variational inference, the log joint for a mode.
+        elbo: evidence lower bound of the fit, nats, where the method has one.
+        log_evidence: log marginal likelihood, nats, where the method estimates it.
+        seed: the seed of the fit.
+        seconds: how long the fit took.
+    """
+
+    model: Model
+    method: Method
+    data: Data
+    sites: Sites
+    draws: Tensors
+    params: Tensors = field(default_factory=dict)
+    stats: Tensors = field(default_factory=dict)
+    history: Tensor | None = None
+    elbo: float | None = None
+    log_evidence: float | None = None
+    seed: int = 0
+    seconds: float = math.nan
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(chain, draw)."""
+        first = next(iter(self.draws.values()), None)
+        return (1, 1) if first is None else (first.shape[0], first.shape[1])
+
+    @property
+    def program(self) -> Model:
+        """The callable that predicts: the model, or what the method made of it."""
+        return self.method.program(self.model, self.params)
+
+    def predict(self, *inputs: Any, draws: int | None = None, seed: int = 0) -> Prediction:
+        """Runs the program at each draw on new rows.
+
+        Sites inside the data plate are sampled anew: new rows have no fitted ones.
+
+        Args:
+            *inputs: the model's arguments without the observations, (row, *) each. The number of
+                rows is free; all else is as in the fit.
+            draws: use this many of each chain's draws, evenly spread; None uses all.
+            seed: of the noise.
+
+        Returns:
+            Draws of f and y, (chain, draw, row, *), and their moments.
+
+        Raises:
+            DataError: the inputs are not of the kind that the model was fitted to.
+            ModelError: the model does not run with its observations set to None.
+        """
+        made = contract.check_inputs(inputs, self.data)
+        values, shape = self._pooled(draws)
+        root = branch(_root(seed), _PREDICT)
+        with self._parameters(made):
+            return predict(self.program, values, made, self.sites, root, shape)
+
+    def log_likelihood(self, *data: Any) -> Tensor:
+        """log p(y | x, draw) of each row, (chain, draw, row).
+
+        Without arguments: of the training rows, at the fitted draws of the sites inside the data
+        plate. With them: of new rows, where those sites are sampled anew.
+
+        Args:
+            *data: the model's arguments, observations included; or nothing.
+
+        Raises:
+            DataError: the data are not of the kind that the model was fitted to.
+            ModelError: the model does not state its rows as independent.
+        """
+        args = self._training_tensors() if not data else self._checked(data)
+        axis = self.sites.row_axis
+        if axis is None:
+            raise ModelError(
+                f'The rows of "{self.sites.observed}" are one statement, so no row has a likelihood '
+                'of its own. Put it in a plate: with pyro.plate("data", len(x)).'
+            )
+        values, shape = self._pooled(None, local=not data)
+        rows, count = len(args[-1]), math.prod(shape)
+        out = args[-1].new_empty((count, rows), dtype=torch.get_default_dtype())
+        split = not (self.sites.locals and not data) and self.sites.plate is not None
+        block = _ROWS if split else rows
+        lifted = [True]
+        with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]):
+            program = self.program
+            if data:
+                contract.check_rows(program, {k: v[0] for k, v in values.items()}, args, self.sites)
+            for first in range(0, rows, block):
+                batch = take(args, slice(first, first + block))
+                step = max(1, _CELLS // len(batch[-1]))
+                for start in range(0, count, step):
+                    part = slice(start, min(start + step, count))
+                    with seeded(branch(_root(0), _LIKELIHOOD, first, start)):
+                        out[part, first : first + block] = _rowwise(
+                            program, {k: v[part] for k, v in values.items()}, batch,
+                            self.sites, part.stop - part.start, lifted,
+                        )  # fmt: skip
+        return out.reshape(*shape, rows)
+
+    def log_score(self, *data: Any) -> Tensor:
+        """Log posterior predictive density of each row, nats, (row,).
+
+        log (1/S) sum_s p(y | x, draw s): the mean over draws is inside the logarithm, and rows
+        are apart (Gelman, Hwang, Vehtari 2014, eq. 5).
+        """
+        each = self.log_likelihood(*data).flatten(0, 1)
+        return each.double().logsumexp(0).sub(math.log(len(each))).to(each.dtype)
+
+    def to_arviz(self, *, predictions: Prediction | None = None) -> Any:
+        """An ArviZ object: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x, the same groups on both.
+
+        Args:
+            predictions: from `predict`; becomes the groups predictions, predictions_constant_data.
+        """
+        from bnn.export import to_arviz
+
+        return to_arviz(self, predictions)
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Writes one file: tensors and JSON, nothing that can be executed. See `bnn.load`.
+
+        The model is code and stays out; hand it to `bnn.load` again.
+        """
+        from bnn.checkpoint import write
+
+        write(self, path)
+
+    def __repr__(self) -> str:
+        chains, draws = self.shape
+        sites = ", ".join(f"{k} {tuple(v.shape[2:])}" for k, v in list(self.draws.items())[:6])
+        more = "" if len(self.draws) <= 6 else f", and {len(self.draws) - 6} more"
+        elbo = "" if self.elbo is None else f", elbo {self.elbo:.2f}"
+        return (
+            f"Posterior({self.method!r}: {chains} chains x {draws} draws of {sites}{more}; "
+            f"{self.data.rows} rows{elbo}, {self.seconds:.1f} s)"
+        )
+
+    def _pooled(self, draws: int | None, local: bool = False) -> tuple[Tensors, tuple[int, int]]:
+        """Global draws with chain and draw in one axis, thinned evenly, and (chain, draw)."""
+        chains, have = self.shape
+        want = have if draws is None else draws
+        if isinstance(want, bool) or not isinstance(want, int):
+            raise TypeError(f"draws is {draws!r}. Pass a whole number, or None for all.")
+        if not 1 <= want <= have:
+            raise ValueError(f"draws is {want}. Pass 1 to {have}, the draws of a chain.")
+        keep = torch.linspace(0, have - 1, want).round().long()
+        names = set(self.draws) if local else set(self.draws) - set(self.sites.locals)
+        pooled = {k: v[:, keep].flatten(0, 1) for k, v in self.draws.items() if k in names}
+        return pooled, (chains, want)
+
+    def _training_tensors(self) -> tuple[Tensor, ...]:
+        if self.data.loader is not None:
+            raise DataError("The training rows came from a loader and are not kept. Pass the data.")
+        if self.sites.subsampled:
+            raise ModelError("The model draws its own minibatch. Pass the data it should be scored on.")
+        return self.data.tensors
+
+    def _checked(self, data: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """New rows, observations included, checked like the training rows."""
+        if len(data) != len(self.data.names):
+            raise DataError(
+                f"Got {len(data)} arguments; the model takes {len(self.data.names)} "
+                f"({', '.join(self.data.names)}), the observations last."
+            )
+        inputs = contract.check_inputs(data[:-1], self.data)
+        (y,) = contract.tensors(data[-1:], self.data.names[-1:])
+        known = self.data.observations
+        if y.shape[1:] != known.shape[1:] or y.ndim != known.ndim:
+            raise DataError(
+                f'"{self.data.names[-1]}" has shape {contract.shape_of(y)} and the fit had '
+                f"{contract.shape_of(known)}. Everything but the number of rows must be the same."
+            )
+        lengths = {len(x) for x in inputs if x.ndim} | {len(y)}
+        if len(lengths) > 1:
+            raise DataError(f"The data have different numbers of rows: {sorted(lengths)}.")
+        if known.dtype == torch.long and y.is_floating_point() and bool((y != y.round()).any()):
+            raise DataError(f'"{self.data.names[-1]}" holds labels that are not whole numbers.')
+        return (*inputs, y.to(known.dtype))
+
+    @contextmanager
+    def _parameters(self, inputs: tuple[Tensor, ...]) -> Iterator[None]:
+        """The trainable leftovers as fitted, while the program runs."""
+        if not self.sites.params:
+            yield
+            return
+        args = take(inputs, slice(0, 1))
+        with parameters(self.model, (*args, None), self.params):
+            yield
+
+
+def _root(seed: int) -> Any:
+    from bnn.fitting import seed_sequence
+
+    return seed_sequence(seed)
+
+
+def _rowwise(
+    program: Model, draws: Tensors, args: tuple, sites: Sites, count: int, lifted: list[bool]
+) -> Tensor:
+    """log p(y | x, draw) summed over everything but the row, (draw, row)."""
+
+    def at(draw: Tensors) -> Tensor:
+        capture = Capture(sites.observed)
+        with capture, At(draw):
+            program(*args)
+        log_prob = unvalidated(capture.fn).log_prob(capture.value)
+        if capture.mask is not None:
+            log_prob = log_prob * capture.mask
+        axis = sites.row_axis or 0
+        return log_prob.movedim(axis, 0).flatten(1).sum(1) if log_prob.ndim > 1 else log_prob
+
+    if lifted[0] and draws:
+        try:
+            return vmap(at, randomness="different")(draws)
+        except Exception:  # not every program can be lifted; the loop tells what else is wrong
+            lifted[0] = False
+    return torch.stack([at({k: v[i] for k, v in draws.items()}) for i in range(count)])

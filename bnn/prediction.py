@@ -1,0 +1,375 @@
+"""Prediction: draws of f and y at new rows, and what people read off them.
+
+Every method predicts by the same loop: run the program at each draw. The forward pass is lifted
+over draws with vmap where the model allows it and looped where not; the observations are sampled
+outside, from distributions whose parameters carry a draw axis.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributions as td
+from torch import Tensor
+from torch.func import vmap
+
+from bnn.data import take
+from bnn.errors import ModelError
+from bnn.handlers import At, Capture, branch, quiet_pyro, seeded, unvalidated
+
+if TYPE_CHECKING:
+    from bnn.contract import Sites
+
+_ROWS = 512  # rows in a block: what one forward pass and one stretch of random numbers cover
+_CELLS = 65_536  # draws x rows in a forward pass: 26 MB at 100 float32 units a row
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The posterior predictive at some rows.
+
+    Attributes:
+        f: the announced output before noise at each draw, (chain, draw, row, *); where the model
+            announces none, E[y | x, draw].
+        y: observations with their noise, (chain, draw, row, *).
+        mean: E[y | x], (row, *); for labels the label's expectation, see `probs`.
+        aleatoric: for numbers the mean over draws of Var[y | x, draw], (row, *), in squared units
+            of y; for labels the mean over draws of the entropy, in nats.
+        epistemic: for numbers the variance over draws of E[y | x, draw]; for labels the mutual
+            information of label and draw, in nats.
+        probs: for labels, class probabilities averaged over draws, (row, *, class); else None.
+        local: draws of the sites inside the data plate, each (chain, draw, row, *).
+        inputs: the rows predicted.
+    """
+
+    f: Tensor
+    y: Tensor
+    mean: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+    probs: Tensor | None = None
+    local: dict[str, Tensor] = field(default_factory=dict)
+    inputs: tuple[Tensor, ...] = ()
+
+    @property
+    def total(self) -> Tensor:
+        """Aleatoric plus epistemic: the predictive variance, or the predictive entropy."""
+        return self.aleatoric + self.epistemic
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of y, units of y, (row, *).
+
+        Raises:
+            ModelError: y is a label.
+        """
+        if self.probs is not None:
+            raise ModelError("A label has no standard deviation. Read `entropy` or `probs`.")
+        return self.total.sqrt()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the predictive label, nats, (row, *).
+
+        Raises:
+            ModelError: y is not a label.
+        """
+        if self.probs is None:
+            raise ModelError("Entropy is read off labels; y is a number here. Read `std`.")
+        return self.total
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """What the label would tell about the weights, nats, (row, *): the epistemic part.
+
+        Raises:
+            ModelError: y is not a label.
+        """
+        self.entropy  # noqa: B018  the same refusal
+        return self.epistemic
+
+    def quantile(self, q: float | Tensor) -> Tensor:
+        """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""
+        pooled = self.y.flatten(0, 1)  # (chain*draw, row, *)
+        q = torch.as_tensor(q, dtype=torch.float64)
+        if bool(((q < 0) | (q > 1)).any()):
+            raise ValueError(f"A quantile lies in 0..1, found {q.tolist()}.")
+        ordered = pooled.sort(0).values
+        place = q * (len(ordered) - 1)
+        low = place.floor().long()
+        high = (low + 1).clamp(max=len(ordered) - 1)
+        share = (place - low).reshape(q.shape + (1,) * (ordered.ndim - 1)).to(self.mean.dtype)
+        return torch.lerp(ordered[low].to(self.mean.dtype), ordered[high].to(self.mean.dtype), share)
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Central interval of y that holds `level` of the predictive draws: (lower, upper)."""
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level!r}. Pass a probability in (0, 1), such as 0.9.")
+        lower, upper = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
+        return lower, upper
+
+    def __repr__(self) -> str:
+        chain, draw, rows = self.y.shape[:3]
+        kind = "labels" if self.probs is not None else "numbers"
+        return f"Prediction({rows} rows of {kind}, {chain} chains x {draw} draws)"
+
+
+def predict(
+    program: Callable[..., Any],
+    draws: Mapping[str, Tensor],
+    inputs: tuple[Tensor, ...],
+    sites: "Sites",
+    seed: np.random.SeedSequence,
+    shape: tuple[int, int],
+) -> Prediction:
+    """Runs a program at each draw.
+
+    Args:
+        program: callable of the inputs and None.
+        draws: values of the global sites, (chain*draw, *site) each.
+        inputs: (row, *) each, or () for an argument that belongs to every row.
+        sites: the contract's findings. With a data plate, rows are run in blocks.
+        seed: of the noise.
+        shape: (chain, draw).
+
+    Returns:
+        Draws and moments. Working memory does not grow with rows or draws, where a plate declares
+        the rows independent.
+
+    Raises:
+        ModelError: the program does not run with its observations set to None.
+    """
+    count = math.prod(shape)
+    rows = next((len(x) for x in inputs if x.ndim), None)
+    block = rows if rows is None or sites.plate is None else _ROWS
+    pooled = _Pooled(count, rows)
+    with quiet_pyro(), torch.no_grad():
+        forward = _Forward(program, sites)
+        for first in range(0, max(rows or 1, 1), block or 1):
+            # No rows: one made-up row gives the shapes, and is left out when the draws are kept.
+            batch = inputs
+            if rows is not None:
+                batch = take(inputs, slice(first, first + (block or 1))) if rows else _one(inputs)
+            here = next((len(x) for x in batch if x.ndim), 1)
+            step = max(1, _CELLS // max(here, 1))
+            for start in range(0, count, step):
+                part = slice(start, min(start + step, count))
+                with seeded(branch(seed, first, start)):
+                    fn, values = forward({k: v[part] for k, v in draws.items()}, batch, part)
+                    pooled.add(part, first, fn, values)
+    return pooled.prediction(shape, inputs)
+
+
+def _one(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.new_zeros((1, *x.shape[1:])) if x.ndim else x for x in inputs)
+
+
+class _Forward:
+    """The program at some draws: lifted over them by vmap, or looped once that has failed."""
+
+    def __init__(self, program: Callable[..., Any], sites: "Sites"):
+        self.program, self.observed = program, sites.observed
+        self.keep = {"f", *sites.locals}
+        self.lifted = True
+
+    def __call__(
+        self, draws: Mapping[str, Tensor], batch: tuple[Tensor, ...], part: slice
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The observed site's distribution and the kept sites, a draw axis in front of each."""
+        count = part.stop - part.start
+        if self.lifted and draws:
+            try:
+                return self._lifted(draws, batch, count)
+            except ModelError:
+                raise
+            except Exception:  # not every program can be lifted; the loop tells what else is wrong
+                self.lifted = False
+        runs = [self._run({k: v[i] for k, v in draws.items()}, batch) for i in range(count)]
+        values = {k: torch.stack([kept[k] for _, kept in runs]) for k in runs[0][1]}
+        return _Each([fn for fn, _ in runs]), values
+
+    def _lifted(self, draws: Mapping[str, Tensor], batch: tuple[Tensor, ...], count: int) -> tuple:
+        rebuild: list[Callable[[list[Tensor], int], Any]] = []
+
+        def run(draw: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+            capture = self._capture(draw, batch)
+            parts, build = take_apart(capture.fn)
+            rebuild.append(build)
+            return parts, {k: v for k, v in capture.values.items() if k in self.keep}
+
+        parts, values = vmap(run, randomness="different")(dict(draws))
+        return rebuild[0](parts, count), values
+
+    def _run(self, draw: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> tuple:
+        try:
+            capture = self._capture(draw, batch)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"The model raised {type(error).__name__} at a prediction: {error} "
+                "It is run as model(*inputs, None): sizes must come from the inputs, "
+                "not from the observations or from the training rows."
+            ) from error
+        return unvalidated(capture.fn), {k: v for k, v in capture.values.items() if k in self.keep}
+
+    def _capture(self, draw: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> Capture:
+        capture = Capture(self.observed)
+        with capture, At(draw):
+            self.program(*batch, None)
+        if capture.fn is None:
+            raise ModelError(
+                f'The program did not reach the site "{self.observed}" with its observations set '
+                "to None. Keep that statement outside of any `if y is not None`."
+            )
+        return capture
+
+
+class _Opaque(Exception):
+    """A distribution whose tensors do not all carry the batch shape."""
+
+
+def take_apart(fn: Any) -> tuple[list[Tensor], Callable[[list[Tensor], int], Any]]:
+    """A distribution's tensors, and how to build it again around tensors with a draw axis in front.
+
+    Raises:
+        _Opaque: a tensor does not carry the batch shape, so that a draw axis would not line up.
+    """
+    fn = unvalidated(fn)
+    if not isinstance(fn, td.Independent):
+        fn = fn.expand(fn.batch_shape)
+    batch = tuple(fn.batch_shape)
+    own = {k: v for k, v in vars(fn).items() if isinstance(v, Tensor)}
+    inner = {k: take_apart(v) for k, v in vars(fn).items() if isinstance(v, td.Distribution)}
+    moving = [v for t in getattr(fn, "transforms", ()) for v in vars(t).values()]
+    if any(tuple(v.shape[: len(batch)]) != batch for v in own.values()) or any(
+        isinstance(v, Tensor) for v in moving
+    ):
+        raise _Opaque(type(fn).__name__)
+    parts = list(own.values()) + [part for each, _ in inner.values() for part in each]
+
+    def rebuild(new: list[Tensor], count: int) -> Any:
+        clone, rest = copy.copy(fn), iter(new)
+        for name in own:
+            setattr(clone, name, next(rest))
+        for name, (each, build) in inner.items():
+            setattr(clone, name, build([next(rest) for _ in each], count))
+        clone._batch_shape = torch.Size((count, *fn.batch_shape))
+        return clone
+
+    return parts, rebuild
+
+
+class _Each:
+    """Several distributions side by side, read like one with a draw axis in front."""
+
+    def __init__(self, fns: list[Any]):
+        self.fns = fns
+
+    def sample(self) -> Tensor:
+        return torch.stack([fn.sample() for fn in self.fns])
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """E[y | x, draw] (probabilities for labels) and the noise within a draw, (draw, row, *)."""
+
+    expectation: Tensor | None
+    noise: Tensor | None
+    labels: bool
+
+
+def _moments(fn: Any) -> _Moments:
+    if isinstance(fn, _Each):
+        each = [_moments(one) for one in fn.fns]
+        if each[0].expectation is None:
+            return each[0]
+        return _Moments(
+            torch.stack([m.expectation for m in each]),  # type: ignore[misc]
+            torch.stack([m.noise for m in each]),  # type: ignore[misc]
+            each[0].labels,
+        )
+    base = fn
+    while isinstance(base, td.Independent):
+        base = base.base_dist
+    if isinstance(base, td.Categorical | td.Bernoulli):
+        probs = base.probs
+        if isinstance(base, td.Bernoulli):
+            probs = torch.stack([1 - probs, probs], -1)
+        return _Moments(probs, _entropy(probs), True)
+    try:
+        return _Moments(fn.mean, fn.variance, False)
+    except NotImplementedError:
+        return _Moments(None, None, False)
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+class _Pooled:
+    """Draws and running moments, filled block by block."""
+
+    def __init__(self, count: int, rows: int | None):
+        self.count, self.rows = count, rows
+        self.kept: dict[str, Tensor] = {}
+        self.sums: dict[int, dict[str, Any]] = {}
+        self.labels = False
+
+    def add(self, part: slice, first: int, fn: Any, values: dict[str, Tensor]) -> None:
+        y, moments = fn.sample(), _moments(fn)
+        self.labels = moments.labels
+        if "f" not in values and moments.expectation is not None:
+            values["f"] = moments.expectation
+        values["y"] = y
+        values.setdefault("f", y)
+        for name, value in values.items():
+            self._keep(name, part, first, value)
+        centre = y if moments.expectation is None else moments.expectation
+        noise = torch.full_like(centre, math.nan) if moments.noise is None else moments.noise
+        self._accumulate(first, centre.double(), noise.double())
+
+    def _keep(self, name: str, part: slice, first: int, value: Tensor) -> None:
+        if name not in self.kept:
+            rows = value.shape[1:2] if self.rows is None else (self.rows,)
+            self.kept[name] = value.new_empty((self.count, *rows, *value.shape[2:]))
+        here = slice(first, first + value.shape[1]) if self.rows != 0 else slice(0, 0)
+        self.kept[name][part, here] = value if self.rows != 0 else value[:, :0]
+
+    def _accumulate(self, first: int, centre: Tensor, noise: Tensor) -> None:
+        """Merges a stretch of draws into its block's moments (Chan, Golub, LeVeque 1983)."""
+        new = {"n": len(centre), "mean": centre.mean(0), "noise": noise.mean(0)}
+        new["spread"] = ((centre - new["mean"]) ** 2).sum(0)
+        old = self.sums.get(first)
+        if old is not None:
+            n, m = old["n"], new["n"]
+            shift = new["mean"] - old["mean"]
+            new["spread"] = old["spread"] + new["spread"] + shift**2 * n * m / (n + m)
+            new["mean"] = old["mean"] + shift * m / (n + m)
+            new["noise"] = (n * old["noise"] + m * new["noise"]) / (n + m)
+            new["n"] = n + m
+        self.sums[first] = new
+
+    def prediction(self, shape: tuple[int, int], inputs: tuple[Tensor, ...]) -> Prediction:
+        draws = {k: v.reshape(*shape, *v.shape[1:]) for k, v in self.kept.items()}
+        dtype = draws["f"].dtype if draws["f"].is_floating_point() else torch.get_default_dtype()
+
+        def joined(name: str) -> Tensor:
+            whole = torch.cat([self.sums[k][name] for k in sorted(self.sums)])
+            return (whole[:0] if self.rows == 0 else whole).to(dtype)
+
+        centre, noise = joined("mean"), joined("noise")
+        if self.labels:
+            steps = torch.arange(centre.shape[-1], dtype=dtype, device=centre.device)
+            epistemic = (_entropy(centre) - noise).clamp(min=0)
+            mean, probs = (centre * steps).sum(-1), centre
+        else:
+            epistemic, mean, probs = joined("spread") / self.count, centre, None
+        local = {k: v for k, v in draws.items() if k not in ("f", "y")}
+        return Prediction(
+            draws["f"], draws["y"], mean, noise, epistemic, probs, local, inputs
+        )
