@@ -1,6 +1,8 @@
 """Bayesian neural nets in Pyro: write a model, call `fit`, compare posteriors in ArviZ."""
 
 from bnn import models
+from bnn.checkpoint import load
+from bnn.compare import compare
 from bnn.errors import (
     ApproximationWarning,
     CheckpointError,
@@ -15,5 +17,26 @@ from bnn.inference import MAP, NUTS, SVI
 from bnn.method import Method
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
+from bnn.prior import prior_predictive
 
+__all__ = [
+    "MAP",
+    "NUTS",
+    "SVI",
+    "ApproximationWarning",
+    "CheckpointError",
+    "ConvergenceWarning",
+    "DataError",
+    "DataWarning",
+    "FitError",
+    "Method",
+    "ModelError",
+    "Posterior",
+    "Prediction",
+    "compare",
+    "fit",
+    "load",
+    "models",
+    "prior_predictive",
+]
 __version__ = "0.1.0"

@@ -10,17 +10,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.utils.data import DataLoader
 
-from bnn.data import Data, column_names, shape_of, tensors
+from bnn.data import Data, column_names, like, shape_of, tensors
 from bnn.errors import DataError, DataWarning, ModelError
 from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
 from bnn.method import Model
@@ -55,7 +58,7 @@ class Sites:
         rows: number of rows.
         subsampled: True if the model's own plate draws a minibatch.
         params: names of trainable tensors without a prior.
-        seams: names of deterministic sites.
+        seams: deterministic sites by name.
         predicts: True if the model runs with its observations set to None.
     """
 
@@ -66,7 +69,7 @@ class Sites:
     rows: int
     subsampled: bool
     params: tuple[str, ...]
-    seams: tuple[str, ...]
+    seams: dict[str, Site]
     predicts: bool
     names: tuple[str, ...] = field(default=())
 
@@ -83,14 +86,28 @@ class Sites:
 
 def argument_names(model: Model, count: int) -> tuple[str, ...]:
     """The model's positional argument names, as far as it tells them."""
+    names = _signature(model)[:count]
+    return tuple(names + [f"argument {i}" for i in range(len(names), count)])
+
+
+def _signature(model: Model) -> list[str]:
     try:
-        call = model.forward if isinstance(model, torch.nn.Module) else model
+        call: Any = model.forward if isinstance(model, torch.nn.Module) else model
         kinds = inspect.signature(call).parameters.values()
-        names = [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     except (TypeError, ValueError):
-        names = []
-    names = names[:count] + [f"argument {i}" for i in range(len(names), count)]
-    return tuple(names)
+        return []
+    return [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _call(model: Model, data: Data) -> str:
+    """What to say where the model has another number of arguments than were given."""
+    names = _signature(model)
+    if not names or len(names) == len(data.names):
+        return ""
+    return (
+        f"The model takes {', '.join(names)}, and {len(data.names)} were given: call "
+        f"fit(model, {', '.join(names)})."
+    )
 
 
 def read(model: Model, args: tuple[Any, ...]) -> Data:
@@ -107,21 +124,21 @@ def read(model: Model, args: tuple[Any, ...]) -> Data:
         )
     if not args:
         raise DataError("fit got no data. Call fit(model, *inputs, y).")
-    loader = args[0] if len(args) == 1 and isinstance(args[0], torch.utils.data.DataLoader) else None
+    loader = args[0] if len(args) == 1 and isinstance(args[0], DataLoader) else None
     if loader is not None:
-        args = tuple(next(iter(loader)))
+        args = _first_batch(loader)
     names = argument_names(model, len(args))
     made = tensors(args, names)
     if made[-1].ndim == 0:
         raise DataError(
-            f'The observations "{names[-1]}" are a single number. Pass one entry a row, shape (row,).'
+            f'The observations "{names[-1]}" are a single number. Pass one for each row, (row,).'
         )
     lengths = {name: len(arg) for name, arg in zip(names, made, strict=True) if arg.ndim}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f'"{name}" has {n}' for name, n in lengths.items())
         raise DataError(
-            f"The data have different numbers of rows: {found}. Give every argument the same rows; "
-            "what does not belong to a row (a matrix, a constant) is closed over by the model."
+            f"The data have different numbers of rows: {found}. Give every argument the same "
+            "rows; what does not belong to a row (a matrix, a constant) the model closes over."
         )
     rows = len(made[-1])
     if rows == 0:
@@ -130,6 +147,22 @@ def read(model: Model, args: tuple[Any, ...]) -> Data:
         rows = len(loader.dataset)  # type: ignore[arg-type]
     columns = {n: column_names(a) for n, a in zip(names, args, strict=True) if column_names(a)}
     return Data(made, names, columns, rows, loader)
+
+
+def _first_batch(loader: DataLoader) -> tuple[Any, ...]:
+    if not hasattr(loader.dataset, "__len__"):
+        raise DataError(
+            f"The DataLoader's {type(loader.dataset).__name__} does not tell its number of rows, "
+            "by which a minibatch is scaled. Give the dataset a __len__."
+        )
+    with seeded(np.random.SeedSequence(0)):  # a shuffling loader draws from the caller's generator
+        batch = next(iter(loader), None)
+    if not isinstance(batch, (tuple, list)):
+        raise DataError(
+            f"The DataLoader yields {'nothing' if batch is None else type(batch).__name__}, not "
+            "tuples of the model's arguments. Wrap the data: TensorDataset(x, y)."
+        )
+    return tuple(batch)
 
 
 def check(model: Model, data: Data) -> tuple[Data, Sites]:
@@ -148,7 +181,7 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
     """
     with quiet_pyro(), seeded(np.random.SeedSequence(0)):
         data, trace = _first_run(model, data)
-        observed = _observed_site(trace, data)
+        observed = _observed_site(trace, data, _call(model, data))
         site = trace.nodes[observed]
         made = _as_support_takes(data, site["fn"])
         if made is not data:
@@ -156,15 +189,20 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             site = trace.nodes[observed]
         plate, frame = _data_plate(site, data)
         _check_shape(site, data, frame)
-        check_support(site["fn"], data, observed)
+        if data.loader is not None and _same_for_every_row(site["fn"].support):
+            admit = partial(check_support, site["fn"], name=data.names[-1], site=observed)
+            data = replace(data, admit=admit)
+        subsampled = bool(frame and frame.full_size and frame.full_size != frame.size)
+        whole = data.observations if subsampled else site["value"]
+        check_support(site["fn"], whole, data.names[-1], observed)
+        _warn_of_one_class(site["fn"], data)
         latent = {
             name: Site(
                 tuple(node["value"].shape),
                 node["fn"].support,
                 any(f.name == plate for f in node["cond_indep_stack"]),
             )
-            for name, node in trace.nodes.items()
-            if node["type"] == "sample" and is_statement(node) and not node["is_observed"]
+            for name, node in _latent(trace).items()
         }
         sites = Sites(
             latent=latent,
@@ -172,13 +210,13 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             plate=plate,
             row_axis=_row_axis(site, frame, data),
             rows=data.rows,
-            subsampled=bool(frame and frame.full_size and frame.full_size != frame.size),
+            subsampled=subsampled,
             params=tuple(n for n, node in trace.nodes.items() if node["type"] == "param"),
-            seams=tuple(
-                n
+            seams={
+                n: _seam(node, plate, data)
                 for n, node in trace.nodes.items()
                 if node["type"] == "sample" and node["infer"].get("_deterministic")
-            ),
+            },
             predicts=True,
             names=data.names,
         )
@@ -211,7 +249,7 @@ def check_inputs(inputs: tuple[Any, ...], data: Data) -> tuple[Tensor, ...]:
             what = f"without {lost}, with unknown {extra}" if lost or extra else "in another order"
             raise DataError(
                 f'The columns of "{name}" are {new}, {what}; the fit had {known}. '
-                f"Pass x[{known}]."
+                f"Pass {name}[{known}]."
             )
     made = tensors(inputs, names)
     for new, old, name in zip(made, trained, names, strict=True):
@@ -223,7 +261,7 @@ def check_inputs(inputs: tuple[Any, ...], data: Data) -> tuple[Tensor, ...]:
     lengths = {n: len(a) for n, a in zip(names, made, strict=True) if a.ndim}
     if len(set(lengths.values())) > 1:
         raise DataError(f"The inputs have different numbers of rows: {lengths}.")
-    return tuple(n.to(o.dtype) for n, o in zip(made, trained, strict=True))
+    return like(made, trained)
 
 
 def check_rows(
@@ -236,11 +274,11 @@ def check_rows(
     """
     data = Data(args, sites.names, rows=len(args[-1]))
     capture = Capture(sites.observed)
-    with _told(program, data), capture, At(draw):
+    with told(program, data), capture, At(draw):
         program(*args)
     site = {"name": sites.observed, "fn": capture.fn, "value": capture.value}
     _check_shape(site, data, None)
-    check_support(capture.fn, data, sites.observed)
+    check_support(capture.fn, capture.value, data.names[-1], sites.observed)
 
 
 def require_continuous(sites: Sites, method: str) -> None:
@@ -265,7 +303,9 @@ def require_all_rows(data: Data, sites: Sites, method: str) -> None:
         ModelError: the model's own plate draws a minibatch.
     """
     if data.loader is not None:
-        raise DataError(f"{method} needs all rows at once. Pass tensors in place of the DataLoader.")
+        raise DataError(
+            f"{method} needs all rows at once. Pass tensors in place of the DataLoader."
+        )
     if sites.subsampled:
         raise ModelError(
             f'{method} needs all rows at once, and the plate "{sites.plate}" draws a minibatch. '
@@ -313,7 +353,7 @@ def _first_run(model: Model, data: Data) -> tuple[Data, Any]:
 
 
 @contextmanager
-def _told(model: Model, data: Data) -> Iterator[None]:
+def told(model: Model, data: Data) -> Iterator[None]:
     """Re-raises what a model raises with its name, its data and a cure where one is known."""
     shapes = ", ".join(
         f"{n} {shape_of(t)} {str(t.dtype).removeprefix('torch.')}"
@@ -325,15 +365,21 @@ def _told(model: Model, data: Data) -> Iterator[None]:
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        cure = "Run it once by hand on the data to see where."
+        cure = (
+            isinstance(error, TypeError) and "positional argument" in first and _call(model, data)
+        )
+        cure = cure or "Run it once by hand on the data to see where."
         if "Multiple sample sites named" in first:
             cure = "Give every site a name of its own, and open the data plate once."
         elif "Shape mismatch inside plate" in first:
-            cure = "Make the distribution's batch shape (row,): drop an axis of f with [:, 0]."
+            cure = (
+                f"Give the plate the number of rows, len({data.names[0]}), and the distribution "
+                "the batch shape (row,): drop an axis of f with [:, 0]."
+            )
         elif _DTYPES.search(first):
             cure = (
-                f"Data come in torch's default dtype, {torch.get_default_dtype()}: build the model's "
-                "tensors in it too, or call torch.set_default_dtype before building them."
+                f"Data come in torch's default dtype, {torch.get_default_dtype()}: build the "
+                "model's tensors in it too, or call torch.set_default_dtype before building them."
             )
         raise ModelError(
             f"{_name(model)} raised {type(error).__name__}: {first} It was given {shapes}. {cure}"
@@ -341,21 +387,31 @@ def _told(model: Model, data: Data) -> Iterator[None]:
 
 
 def _run(model: Model, data: Data, args: tuple[Any, ...]) -> Any:
-    with _told(model, data):
+    with told(model, data):
         return poutine.trace(model).get_trace(*args)
 
 
-def _observed_site(trace: Any, data: Data) -> str:
+def _latent(trace: Any) -> dict[str, Any]:
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and is_statement(node) and not node["is_observed"]
+    }
+
+
+def _observed_site(trace: Any, data: Data, call: str) -> str:
     found = [
         name
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and is_statement(node) and node["is_observed"]
     ]
     if not found:
-        latent = [n for n, node in trace.nodes.items() if node["type"] == "sample"]
+        latent = _latent(trace)
+        cure = (
+            call or f'State the likelihood with obs: pyro.sample("y", ..., obs={data.names[-1]}).'
+        )
         raise ModelError(
-            f"The model has no observed site (sites: {', '.join(latent) or 'none'}). "
-            f'State the likelihood with obs: pyro.sample("y", ..., obs={data.names[-1]}).'
+            f"The model has no observed site (latent sites: {', '.join(latent) or 'none'}). {cure}"
         )
     if len(found) == 1:
         return found[0]
@@ -367,6 +423,13 @@ def _observed_site(trace: Any, data: Data) -> str:
             f'last argument as it is: pyro.sample("y", ..., obs={data.names[-1]}).'
         )
     return same[0]
+
+
+def _seam(node: Any, plate: str | None, data: Data) -> Site:
+    """A deterministic site; local too where it has a row axis (a net run before the plate)."""
+    shape = tuple(node["value"].shape)
+    inside = any(f.name == plate for f in node["cond_indep_stack"])
+    return Site(shape, node["fn"].support, inside or shape[:1] == (len(data.observations),))
 
 
 def _data_plate(site: Any, data: Data) -> tuple[str | None, Any]:
@@ -399,11 +462,21 @@ def _check_shape(site: Any, data: Data, frame: Any) -> None:
         return None
     if stated == found:
         raise ModelError(
-            f'The observed site "{name}" has shape {found} and {y} has {shape_of(data.observations)}:'
-            " the row must be its first axis. Observe it as it is, obs=y."
+            f'The observed site "{name}" has shape {_sizes(fn, stated)} and {y} has '
+            f"{shape_of(data.observations)}: the row must be "
+            f"its first axis. Observe it as it is, obs={data.names[-1]}."
         )
+    for other in site.get("cond_indep_stack", ()) if frame is None else ():
+        if stated[:1] == (other.size,):
+            raise ModelError(
+                f'The plate "{other.name}" around "{name}" has size {other.size} and the data '
+                f"have {len(data.observations)} rows. Give it their number: "
+                f'pyro.plate("{other.name}", len({data.names[0]})).'
+            )
     cure = "Make the two shapes equal: broadcasting would count rows many times over."
-    if len(found) == 2 and found[1] == 1:
+    if not stated:
+        cure = f'Put it in a plate: with pyro.plate("data", len({data.names[0]})).'
+    elif len(found) == 2 and found[1] == 1:
         cure = f"Pass {data.names[-1]}[:, 0], or keep the last axis of f and use .to_event(1)."
     elif isinstance(_base(fn), dist.Categorical) and len(found) == len(stated) + 1:
         cure = f"Pass class indices in place of one-hot rows: {data.names[-1]}.argmax(-1)."
@@ -426,10 +499,11 @@ def _sizes(fn: Any, shape: tuple[int, ...]) -> str:
 def _check_subsampled(site: Any, data: Data, frame: Any) -> None:
     stated, found = tuple(site["fn"].shape()), tuple(site["value"].shape)
     if stated != found:
-        raise DataError(
-            f'The observed site "{site["name"]}" has shape {stated} in the minibatch of '
-            f'{frame.size} that the plate "{frame.name}" draws, and its observations have {found}. '
-            "Index them with the plate: obs=y[index]."
+        raise ModelError(
+            f'The observed site "{site["name"]}" has shape {_sizes(site["fn"], stated)} in the '
+            f'minibatch of {frame.size} that the plate "{frame.name}" draws, and its observations '
+            f"have {shape_of(site['value'])}. Index them with the plate: "
+            f"obs={data.names[-1]}[index]."
         )
     if frame.full_size != data.rows:
         raise ModelError(
@@ -447,7 +521,7 @@ def _base(fn: Any) -> Any:
 
 
 def is_categorical(fn: Any) -> bool:
-    """True for a distribution over labels 0..K-1, whose expectation is a vector of probabilities."""
+    """True for a distribution over labels 0..K-1, whose expectation is a probability vector."""
     return isinstance(_base(fn), td.Categorical)
 
 
@@ -455,20 +529,20 @@ def _as_support_takes(data: Data, fn: Any) -> Data:
     """The observations in the dtype that the likelihood's `log_prob` takes."""
     y = data.observations
     dtype = torch.long if is_categorical(fn) else torch.get_default_dtype()
-    if y.dtype == dtype or (dtype == torch.long and y.is_floating_point() and (y != y.round()).any()):
+    if y.dtype == dtype or (
+        dtype == torch.long and y.is_floating_point() and (y != y.round()).any()
+    ):
         return data
     return replace(data, tensors=(*data.inputs, y.to(dtype)))
 
 
-def check_support(fn: Any, data: Data, site: str) -> None:
-    """Refuses observations outside the support of their distribution.
+def check_support(fn: Any, y: Tensor, name: str, site: str) -> None:
+    """Refuses observations `y`, an argument's `name`, outside the support of their distribution.
 
     Raises:
         DataError: names the support, the count and the first offender.
     """
-    y = data.observations
     support = fn.support
-    name = data.names[-1]
     if is_categorical(fn) and y.is_floating_point() and (y != y.round()).any():
         inside = y == y.round()
     else:
@@ -481,13 +555,23 @@ def check_support(fn: Any, data: Data, site: str) -> None:
             f'"{name}" has {int((~inside).sum())} values that "{site}" cannot produce, the first '
             f"is {y[tuple(where)].item():g} at row {where[0]}: {_told_support(fn, support)}"
         )
+
+
+def _same_for_every_row(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return not any(isinstance(v, Tensor) and v.numel() > 1 for v in vars(support).values())
+
+
+def _warn_of_one_class(fn: Any, data: Data) -> None:
+    y = data.observations
     labels = is_categorical(fn) or isinstance(_base(fn), td.Bernoulli)
-    if labels and len(y) > 1 and (y == y.flatten()[0]).all():
+    if labels and len(y) > 1 and data.loader is None and (y == y.flatten()[0]).all():
         warnings.warn(
-            f'"{name}" holds one class only, {y.flatten()[0].item():g}: the fit can learn nothing '
-            "about the others.",
+            f'"{data.names[-1]}" holds one class only, {y.flatten()[0].item():g}: the fit can '
+            "learn nothing about the others.",
             DataWarning,
-            stacklevel=2,
+            stacklevel=4,  # the caller of fit
         )
 
 
@@ -507,28 +591,65 @@ def _told_support(fn: Any, support: Any) -> str:
 
 def _check_trace(model: Model, data: Data, sites: Sites) -> None:
     """Scores the model at its prior, with gradients: finds lost parameters and moving supports."""
-    with _told(model, data), torch.enable_grad():
+    with told(model, data), torch.enable_grad():
         with Score() as score:
             again = poutine.trace(model).get_trace(*data.tensors)
     log_joint = torch.as_tensor(score.likelihood + score.prior)
-    if log_joint.requires_grad and not sites.params:
+    if hidden := _hidden_parameters(log_joint):
         raise ModelError(
-            f"{_name(model)} uses trainable tensors that Pyro cannot see: no prior, no pyro.param. "
-            "Give them a prior with bnn.models.sample_weights(net), or freeze them with "
-            "net.requires_grad_(False)."
+            f"{_name(model)} uses trainable tensors that Pyro cannot see, of shapes "
+            f"{', '.join(hidden[:3])}: no prior, no pyro.param. Give them a prior with "
+            "bnn.models.sample_weights(net), or freeze them with net.requires_grad_(False)."
         )
     _check_finite_density(log_joint, again, model)
-    for name, site in sites.latent.items():
-        if name not in again.nodes or tuple(again.nodes[name]["value"].shape) != site.shape:
+    _check_same_sites(sites, _latent(again))
+    _check_same_sites(sites, _at_mirror(model, data, _latent(again)))
+
+
+def _at_mirror(model: Model, data: Data, drawn: dict[str, Any]) -> dict[str, Any]:
+    """The latent sites of a run at -z: a model that branches on the sign of a site shows it."""
+    values = {}
+    try:
+        for name, node in drawn.items():
+            if not node["fn"].support.is_discrete:
+                to_support = biject_to(node["fn"].support)
+                values[name] = to_support(-to_support.inv(node["value"].detach()))
+        with At(values):
+            return _latent(poutine.trace(model).get_trace(*data.tensors))
+    except Exception:  # -z may be further out than any draw, and the model need not bear that
+        return drawn
+
+
+def _check_same_sites(sites: Sites, run: dict[str, Any]) -> None:
+    """Refuses sites that another run lacks, adds, or gives another shape or support."""
+    for name in sites.latent | run:
+        site, node = sites.latent.get(name), run.get(name)
+        if not site or not node or tuple(node["value"].shape) != site.shape:
             raise ModelError(
                 f'The latent site "{name}" comes and goes, or changes shape, from run to run. '
                 "Every run must pass the same sites; mix outcomes with a mixture distribution."
             )
-        if not site.discrete and _moves(site.support, again.nodes[name]["fn"].support, site.shape):
+        if not site.discrete and _moves(name, site, node["fn"].support):
             raise ModelError(
                 f'The support of "{name}" depends on other sites ({site.support}). '
-                "Sample a site of fixed support and transform it: u ~ Uniform(0, 1), x = u * bound."
+                "Sample a site of fixed support and transform it: u ~ Uniform(0, 1), u * bound."
             )
+
+
+def _hidden_parameters(log_joint: Tensor) -> list[str]:
+    """Shapes of the leaves that the log joint has a gradient in, save those in Pyro's store."""
+    seen = {leaf.data_ptr() for _, leaf in pyro.get_param_store().named_parameters()}
+    hidden, ahead, met = [], [log_joint.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        ahead += [before for before, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf.data_ptr() not in seen:
+            hidden.append(str(tuple(leaf.shape)))
+    return hidden
 
 
 def _check_finite_density(log_joint: Tensor, trace: Any, model: Model) -> None:
@@ -546,17 +667,18 @@ def _check_finite_density(log_joint: Tensor, trace: Any, model: Model) -> None:
         )
 
 
-def _moves(before: Any, after: Any, shape: tuple[int, ...]) -> bool:
+def _moves(name: str, site: Site, after: Any) -> bool:
     """True if the support differs between two runs."""
+    before = site.support
     if type(before) is not type(after):
         return True
     try:
         first, second = biject_to(before), biject_to(after)
-        point = torch.zeros(tuple(first.inverse_shape(shape))) + 0.3
+        point = torch.zeros(tuple(first.inverse_shape(torch.Size(site.shape)))) + 0.3
         return not torch.equal(first(point), second(point))
     except NotImplementedError as error:
         raise ModelError(
-            f"There is no map from the real line to the support {before}. "
+            f'There is no map from the real line to the support of "{name}", {before}. '
             "Write the site as a transform of one that has: positive, an interval, a simplex."
         ) from error
 
@@ -564,14 +686,15 @@ def _moves(before: Any, after: Any, shape: tuple[int, ...]) -> bool:
 def _check_prediction(model: Model, data: Data, sites: Sites) -> bool:
     """Runs the model with its observations set to None, as a prediction does."""
     try:
-        trace = poutine.trace(model).get_trace(*data.inputs, None)
+        with torch.no_grad():
+            trace = poutine.trace(model).get_trace(*data.inputs, None)
     except Exception:
         return False  # the fit does not need it; `Posterior.predict` says what is missing
-    node = trace.nodes.get(sites.observed)
+    node: Any = trace.nodes.get(sites.observed)
     if node is not None and node["is_observed"]:
         raise ModelError(
-            f'The site "{sites.observed}" is observed even when {data.names[-1]} is None: the model '
-            f"does not use its last argument. Write obs={data.names[-1]}."
+            f'The site "{sites.observed}" is observed even when {data.names[-1]} is None: the '
+            f"model does not use its last argument. Write obs={data.names[-1]}."
         )
     if node is None:
         return False
@@ -581,9 +704,9 @@ def _check_prediction(model: Model, data: Data, sites: Sites) -> bool:
         if far > _FAR:
             warnings.warn(
                 f'"{data.names[-1]}" reaches {float(y.abs().max()):.3g}, {far:.0e} times what the '
-                f'model\'s prior produces at "{sites.observed}". Standardise the data, or widen the '
-                "priors: as it is, the fit fights the units.",
+                f'model\'s prior produces at "{sites.observed}". Standardise the data, or widen '
+                "the priors: as it is, the fit fights the units.",
                 DataWarning,
-                stacklevel=2,
+                stacklevel=4,  # the caller of fit
             )
     return True

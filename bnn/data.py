@@ -1,6 +1,6 @@
-"""Data: what the user passes, as tensors whose first axis is the row, and the walk over batches."""
+"""Data: what the user passes, as tensors whose first axis is the row; and minibatches of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Data:
         columns: column names of the arguments that had some (pandas), by argument name.
         rows: number of rows.
         loader: where batches come from when the data are not in memory.
+        admit: raises where the observations of a loader's batch cannot be ones of this model.
     """
 
     tensors: tuple[Tensor, ...]
@@ -32,6 +33,7 @@ class Data:
     columns: dict[str, list[str]] = field(default_factory=dict)
     rows: int = 0
     loader: DataLoader | None = None
+    admit: Callable[[Tensor], None] | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -56,7 +58,10 @@ class Data:
         if self.loader is not None:
             while True:
                 for batch in self.loader:
-                    yield tensors(tuple(batch), self.names)
+                    made = like(tensors(tuple(batch), self.names), self.tensors)
+                    if self.admit is not None:
+                        self.admit(made[-1])
+                    yield made
         if size is None or size >= self.rows:
             while True:
                 yield self.tensors
@@ -69,6 +74,16 @@ class Data:
 def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:
     """The arguments at some rows; 0-d arguments belong to every row."""
     return tuple(arg[rows] if arg.ndim else arg for arg in args)
+
+
+def like(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """In the dtypes of other tensors, save where that would cut numbers off (0.5 to 0)."""
+
+    def cast(a: Tensor, b: Tensor) -> Tensor:
+        made = a.to(b.dtype)
+        return made if b.is_floating_point() or torch.equal(made.to(a.dtype), a) else a
+
+    return tuple(cast(a, b) for a, b in zip(new, old, strict=True))
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -106,8 +121,10 @@ def column_names(arg: Any) -> list[str]:
 def _tensor(arg: Any, name: str) -> Tensor:
     if arg is None:
         raise DataError(f'"{name}" is None. Pass an array with one entry a row.')
-    if type(arg).__module__.startswith("scipy.sparse") or getattr(arg, "is_sparse", False):
-        raise DataError(f'"{name}" is a sparse array, found {type(arg).__name__}. Pass .toarray().')
+    if type(arg).__module__.startswith("scipy.sparse"):
+        raise DataError(
+            f'"{name}" is a sparse array, found {type(arg).__name__}. Pass .toarray().'
+        )
     if isinstance(arg, np.ma.MaskedArray):
         raise DataError(
             f'"{name}" is a masked array. Drop the masked rows, or fill them, and pass the result.'
@@ -118,10 +135,14 @@ def _tensor(arg: Any, name: str) -> Tensor:
         array = _array(arg, name)
         tensor = torch.as_tensor(array.copy())  # own memory: read-only and strided arrays too
     if tensor.is_complex():
-        raise DataError(f'"{name}" is complex ({tensor.dtype}). Pass its real and imaginary parts.')
+        raise DataError(
+            f'"{name}" is complex ({tensor.dtype}). Pass its real and imaginary parts.'
+        )
     if tensor.layout != torch.strided:
         raise DataError(f'"{name}" has layout {tensor.layout}. Pass .to_dense().')
-    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.get_default_dtype())
+    return tensor.contiguous()  # sums run in memory order: equal numbers, equal draws
 
 
 def _array(arg: Any, name: str) -> np.ndarray:
@@ -132,19 +153,22 @@ def _array(arg: Any, name: str) -> np.ndarray:
                     f'Column "{column}" of "{name}" holds {dtype}, not numbers. '
                     f"Encode it, for example with pandas.get_dummies, or drop it."
                 )
+        return arg.to_numpy(dtype=float, na_value=np.nan)
     try:
-        array = np.asarray(arg, dtype=None if not hasattr(arg, "columns") else float)
+        array = np.asarray(arg)
     except ValueError as error:
         raise DataError(
             f'"{name}" cannot become an array: {error}. Pass rows of equal length.'
         ) from error
     if array.dtype == object:  # pandas' nullable columns, lists with None
         try:
+            if hasattr(arg, "to_numpy"):
+                return arg.to_numpy(dtype=float, na_value=np.nan)
             array = array.astype(float)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f'"{name}" holds Python objects that are not numbers ({error}). '
-                "Encode labels as 0, 1, 2, ..., for example with pandas.factorize."
+                "Pass an array; encode labels as 0, 1, 2, ..., for example with pandas.factorize."
             ) from error
     if array.dtype.kind not in "biuf":
         raise DataError(
@@ -164,13 +188,14 @@ def _check_finite(tensor: Tensor, name: str, columns: list[str]) -> None:
         where = bad.nonzero()[0].tolist()
         kind = "NaN" if torch.isnan(tensor).any() else "infinite"
         at = f"row {where[0]}" if where else "its only entry"
+        cure = "Drop those rows, or fill them in, before the fit."
         if len(where) > 1:
             at += f', column "{columns[where[1]]}"' if columns else f", column {where[1]}"
             if bad.flatten(2 if tensor.ndim > 2 else 1)[:, where[1]].all():
-                at += " (all of that column)"
+                at, cure = at + " (all of that column)", "Fill that column in, or leave it out."
         raise DataError(
             f'"{name}" has {int(bad.sum())} {kind} of {tensor.numel()} values, the first at {at}. '
-            "Drop those rows, or fill them in, before the fit."
+            f"{cure}"
         )
     largest = float(tensor.abs().max())
     if largest > LARGEST:

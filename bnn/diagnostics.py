@@ -41,7 +41,7 @@ def warn_of_sampling(stats: Mapping[str, Tensor]) -> None:
             "region, which is then under-represented. Raise target_accept (0.95, 0.99), or rewrite "
             "the model so that scales and what they scale are apart (non-centred).",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     saturated = float(stats["reached_max_treedepth"].double().mean())
     if saturated > 0.05:
@@ -50,7 +50,7 @@ def warn_of_sampling(stats: Mapping[str, Tensor]) -> None:
             "turned: draws are correct and slow. Raise max_tree_depth or warmup, rescale the "
             'inputs, or use mass_matrix="dense".',
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     rhat = split_rhat(stats["lp"])
     if rhat > RHAT_LIMIT:
@@ -58,5 +58,5 @@ def warn_of_sampling(stats: Mapping[str, Tensor]) -> None:
             f"The chains disagree: split R-hat of the log density is {rhat:.2f}, above "
             f"{RHAT_LIMIT}. Raise warmup and draws, and look for several modes.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

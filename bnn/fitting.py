@@ -1,4 +1,4 @@
-"""The verb: `fit` checks the model, seeds the generators and lets the method work; `load` reads."""
+"""The verb: `fit` checks the model, seeds the generators and lets the method work."""
 
 import time
 from dataclasses import replace
@@ -55,8 +55,8 @@ def fit(
         method = METHODS["SVI"]()
     if not isinstance(method, Method):
         raise TypeError(
-            f"method is {method!r}. Pass the settings of a method, for example bnn.NUTS(chains=4); "
-            f"known are {', '.join(sorted(METHODS))}."
+            f"method is {method!r}. Pass the settings of a method, for example bnn.NUTS(chains=4)."
+            f" Known are {', '.join(sorted(METHODS))}."
         )
     root = seed_sequence(seed)
     start = time.perf_counter()

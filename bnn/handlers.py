@@ -16,6 +16,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import transform_to
+from torch.func import vmap
+from torch.utils._pytree import tree_map
 
 
 def is_statement(message: Mapping[str, Any]) -> bool:
@@ -96,15 +98,23 @@ class Score(Messenger):
 
 
 class Capture(Messenger):
-    """Keeps what a run passed through: values of sites, and the distribution of one of them."""
+    """Keeps what a run passed through: values of sites, and the distribution of one of them.
 
-    def __init__(self, observed: str):
+    With `sampling=False` the observed site, where it has no value, is not sampled either: a run
+    under vmap cannot draw from every distribution, and its caller draws outside.
+    """
+
+    def __init__(self, observed: str, *, sampling: bool = True):
         super().__init__()
-        self.observed = observed
+        self.observed, self.sampling = observed, sampling
         self.values: dict[str, Tensor] = {}
         self.fn: Any = None
         self.value: Any = None
         self.mask: Any = None
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] == self.observed and not self.sampling and message["value"] is None:
+            message["value"] = torch.zeros(message["fn"].shape())
 
     def _pyro_post_sample(self, message: Any) -> None:
         if isinstance(message["fn"], _Subsample):
@@ -189,3 +199,25 @@ def parameters(
 def constrained_parameters() -> dict[str, Tensor]:
     """Present values in Pyro's parameter store, detached, in the space the user named."""
     return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def over_draws(
+    function: Callable[[dict[str, Tensor]], Any], draws: Mapping[str, Tensor], count: int
+) -> Any:
+    """A function of one draw at many: lifted by vmap where the program allows it, else looped.
+
+    Args:
+        function: of the values of the sites at one draw; returns a tensor or a dict of tensors.
+        draws: (draw, *site) each; empty for a program without sites.
+        count: number of draws.
+
+    Returns:
+        What the function returns, with the draw axis in front.
+    """
+    if draws:
+        try:
+            return vmap(function, randomness="different")(dict(draws))
+        except Exception:  # not every program can be lifted; the loop tells what else is wrong
+            pass
+    runs = [function({k: v[i] for k, v in draws.items()}) for i in range(count)]
+    return tree_map(lambda *each: torch.stack(each), *runs)

@@ -30,7 +30,8 @@ class Method(ABC):
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        METHODS[cls.__name__] = cls
+        if not getattr(cls.fit, "__isabstractmethod__", False):
+            METHODS[cls.__name__] = cls
 
     @abstractmethod
     def fit(
@@ -66,7 +67,9 @@ def check_count(method: str, **counts: Any) -> None:
     """
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{method}({name}={value!r}): {name} is a whole number, for example 4.")
+            raise TypeError(
+                f"{method}({name}={value!r}): {name} is a whole number, for example 4."
+            )
         if value < 1:
             raise ValueError(f"{method}({name}={value!r}): {name} is at least 1.")
 

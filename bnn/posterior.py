@@ -1,20 +1,28 @@
 """Posterior: draws of a model's weights, whatever the method, and what can be done with them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from bnn import contract
 from bnn.contract import Sites
 from bnn.data import Data, take
 from bnn.errors import DataError, ModelError
-from bnn.handlers import At, Capture, branch, parameters, quiet_pyro, seeded, unvalidated
+from bnn.handlers import (
+    At,
+    Capture,
+    branch,
+    over_draws,
+    parameters,
+    quiet_pyro,
+    seeded,
+    unvalidated,
+)
 from bnn.method import Method, Model, Tensors
 from bnn.prediction import Prediction, predict
 
@@ -99,7 +107,7 @@ class Posterior:
             return predict(self.program, values, made, self.sites, root, shape)
 
     def log_likelihood(self, *data: Any) -> Tensor:
-        """log p(y | x, draw) of each row, (chain, draw, row).
+        """Log p(y | x, draw) of each row, (chain, draw, row).
 
         Without arguments: of the training rows, at the fitted draws of the sites inside the data
         plate. With them: of new rows, where those sites are sampled anew.
@@ -111,7 +119,7 @@ class Posterior:
             DataError: the data are not of the kind that the model was fitted to.
             ModelError: the model does not state its rows as independent.
         """
-        args = self._training_tensors() if not data else self._checked(data)
+        args = self._training_tensors() if not data else self.checked(data)
         axis = self.sites.row_axis
         if axis is None:
             raise ModelError(
@@ -123,22 +131,65 @@ class Posterior:
         out = args[-1].new_empty((count, rows), dtype=torch.get_default_dtype())
         split = not (self.sites.locals and not data) and self.sites.plate is not None
         block = _ROWS if split else rows
-        lifted = [True]
         with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]):
             program = self.program
             if data:
-                contract.check_rows(program, {k: v[0] for k, v in values.items()}, args, self.sites)
+                contract.check_rows(
+                    program, {k: v[0] for k, v in values.items()}, args, self.sites
+                )
             for first in range(0, rows, block):
                 batch = take(args, slice(first, first + block))
                 step = max(1, _CELLS // len(batch[-1]))
                 for start in range(0, count, step):
                     part = slice(start, min(start + step, count))
                     with seeded(branch(_root(0), _LIKELIHOOD, first, start)):
-                        out[part, first : first + block] = _rowwise(
-                            program, {k: v[part] for k, v in values.items()}, batch,
-                            self.sites, part.stop - part.start, lifted,
-                        )  # fmt: skip
+                        out[part, first : first + block] = over_draws(
+                            _row_log_prob(program, batch, self.sites),
+                            {k: v[part] for k, v in values.items()},
+                            part.stop - part.start,
+                        )
         return out.reshape(*shape, rows)
+
+    def deterministic(self, *names: str) -> Tensors:
+        """Values of deterministic sites at the fitted draws and rows, (chain, draw, *site) each.
+
+        Args:
+            *names: which; default those outside the data plate and those with one number a row,
+                without f, which `predict` gives.
+
+        Raises:
+            ModelError: the model has no such site.
+        """
+        args = self._training_tensors()
+        values, shape = self._pooled(None, local=True)
+        small = {k for k, v in self.sites.seams.items() if not v.local or len(v.shape) == 1}
+        wanted = set(names) or small - {"f"}
+        if unknown := wanted - set(self.sites.seams):
+            raise ModelError(
+                f"The model has no deterministic site {sorted(unknown)}; it announces "
+                f"{sorted(self.sites.seams) or 'none'}."
+            )
+        if not wanted:
+            return {}
+
+        def at(draw: Tensors) -> Tensors:
+            with Capture(self.sites.observed) as capture, At(draw):
+                self.program(*args)
+            return {k: capture.values[k] for k in wanted}
+
+        count, step = math.prod(shape), max(1, _CELLS // max(self.data.rows, 1))
+        with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]), seeded(_root(0)):
+            parts = [
+                over_draws(
+                    at, {k: v[i : i + step] for k, v in values.items()}, min(step, count - i)
+                )
+                for i in range(0, count, step)
+            ]
+        return {
+            k: torch.cat([p[k] for p in parts]).reshape(*shape, *parts[0][k].shape[1:])
+            for k in self.sites.seams
+            if k in wanted
+        }
 
     def log_score(self, *data: Any) -> Tensor:
         """Log posterior predictive density of each row, nats, (row,).
@@ -193,12 +244,16 @@ class Posterior:
 
     def _training_tensors(self) -> tuple[Tensor, ...]:
         if self.data.loader is not None:
-            raise DataError("The training rows came from a loader and are not kept. Pass the data.")
+            raise DataError(
+                "The training rows came from a loader and are not kept. Pass the data."
+            )
         if self.sites.subsampled:
-            raise ModelError("The model draws its own minibatch. Pass the data it should be scored on.")
+            raise ModelError(
+                "The model draws its own minibatch. Pass the data it should be scored on."
+            )
         return self.data.tensors
 
-    def _checked(self, data: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def checked(self, data: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """New rows, observations included, checked like the training rows."""
         if len(data) != len(self.data.names):
             raise DataError(
@@ -237,24 +292,19 @@ def _root(seed: int) -> Any:
     return seed_sequence(seed)
 
 
-def _rowwise(
-    program: Model, draws: Tensors, args: tuple, sites: Sites, count: int, lifted: list[bool]
-) -> Tensor:
-    """log p(y | x, draw) summed over everything but the row, (draw, row)."""
+def _row_log_prob(program: Model, args: tuple, sites: Sites) -> Callable[[Tensors], Tensor]:
+    """Log p(y | x, draw), summed over everything but the row, as a function of the draw: (row,)."""
 
     def at(draw: Tensors) -> Tensor:
-        capture = Capture(sites.observed)
-        with capture, At(draw):
+        with Capture(sites.observed) as capture, At(draw):
             program(*args)
         log_prob = unvalidated(capture.fn).log_prob(capture.value)
         if capture.mask is not None:
             log_prob = log_prob * capture.mask
-        axis = sites.row_axis or 0
-        return log_prob.movedim(axis, 0).flatten(1).sum(1) if log_prob.ndim > 1 else log_prob
+        return (
+            log_prob.movedim(sites.row_axis or 0, 0).flatten(1).sum(1)
+            if log_prob.ndim > 1
+            else log_prob
+        )
 
-    if lifted[0] and draws:
-        try:
-            return vmap(at, randomness="different")(draws)
-        except Exception:  # not every program can be lifted; the loop tells what else is wrong
-            lifted[0] = False
-    return torch.stack([at({k: v[i] for k, v in draws.items()}) for i in range(count)])
+    return at

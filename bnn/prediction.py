@@ -103,7 +103,9 @@ class Prediction:
         low = place.floor().long()
         high = (low + 1).clamp(max=len(ordered) - 1)
         share = (place - low).reshape(q.shape + (1,) * (ordered.ndim - 1)).to(self.mean.dtype)
-        return torch.lerp(ordered[low].to(self.mean.dtype), ordered[high].to(self.mean.dtype), share)
+        return torch.lerp(
+            ordered[low].to(self.mean.dtype), ordered[high].to(self.mean.dtype), share
+        )
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """Central interval of y that holds `level` of the predictive draws: (lower, upper)."""
@@ -196,7 +198,7 @@ class _Forward:
         rebuild: list[Callable[[list[Tensor], int], Any]] = []
 
         def run(draw: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-            capture = self._capture(draw, batch)
+            capture = self._capture(draw, batch, sampling=False)
             parts, build = take_apart(capture.fn)
             rebuild.append(build)
             return parts, {k: v for k, v in capture.values.items() if k in self.keep}
@@ -217,8 +219,10 @@ class _Forward:
             ) from error
         return unvalidated(capture.fn), {k: v for k, v in capture.values.items() if k in self.keep}
 
-    def _capture(self, draw: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> Capture:
-        capture = Capture(self.observed)
+    def _capture(
+        self, draw: Mapping[str, Tensor], batch: tuple[Tensor, ...], *, sampling: bool = True
+    ) -> Capture:
+        capture = Capture(self.observed, sampling=sampling)
         with capture, At(draw):
             self.program(*batch, None)
         if capture.fn is None:
@@ -370,6 +374,4 @@ class _Pooled:
         else:
             epistemic, mean, probs = joined("spread") / self.count, centre, None
         local = {k: v for k, v in draws.items() if k not in ("f", "y")}
-        return Prediction(
-            draws["f"], draws["y"], mean, noise, epistemic, probs, local, inputs
-        )
+        return Prediction(draws["f"], draws["y"], mean, noise, epistemic, probs, local, inputs)

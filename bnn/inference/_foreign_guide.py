@@ -15,7 +15,14 @@ from pyro.poutine.messenger import Messenger
 from bnn.contract import Sites, require_continuous
 from bnn.data import Data
 from bnn.errors import ModelError
-from bnn.handlers import branch, constrained_parameters, generator, is_statement, parameters, seeded
+from bnn.handlers import (
+    branch,
+    constrained_parameters,
+    generator,
+    is_statement,
+    parameters,
+    seeded,
+)
 from bnn.inference._optimise import maximise
 from bnn.method import Model
 from bnn.posterior import Posterior
@@ -74,7 +81,7 @@ def fit_foreign(
         if inspect.isclass(guide):
             guide = guide(model)
         elif isinstance(guide, torch.nn.Module):
-            guide = copy.deepcopy(guide)  # the caller's guide keeps its state
+            guide = _copied(guide)  # the caller's guide keeps its state
         first = next(data.batches(method.batch_size, generator(branch(seed, 3))))
         _check_guide(guide, first, sites)
         mean_field = isinstance(guide, AutoNormal | AutoDelta)
@@ -116,6 +123,16 @@ def fit_foreign(
         history=history,
         elbo=None if isinstance(guide, AutoDelta) else elbo,
     )
+
+
+def _copied(guide: torch.nn.Module) -> Any:
+    """A guide with parameters of its own. An autoguide forgets its model when it is copied."""
+    models = {name: g._model for name, g in guide.named_modules() if isinstance(g, AutoGuide)}
+    copied = copy.deepcopy(guide)
+    for name, model in models.items():
+        for each in (guide, copied):
+            each.get_submodule(name)._model = model
+    return copied
 
 
 def _check_guide(guide: Any, args: tuple[Any, ...], sites: Sites) -> None:

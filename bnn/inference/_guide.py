@@ -179,4 +179,3 @@ FAMILIES = {
     "flow": Flow,
     "point": Point,
 }
-

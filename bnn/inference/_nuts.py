@@ -48,7 +48,7 @@ class Metric:
 class Tree:
     """A stretch of trajectory: its two ends, the sum of momenta, and the state it proposes."""
 
-    __slots__ = ("left", "right", "rho", "state", "weight", "count", "accept", "stop", "worst")
+    __slots__ = ("accept", "count", "left", "rho", "right", "state", "stop", "weight", "worst")
 
     def __init__(self, end: tuple, rho: Array, state: tuple, weight: float):
         self.left = self.right = end  # (z, p, gradient, velocity)
@@ -147,7 +147,11 @@ class Chain:
             forward = bool(self.rng.integers(2))
             end = tree.right if forward else tree.left
             new = yield from self._grow(depth, end, 1.0 if forward else -1.0, start)
-            accept, steps, worst = accept + new.accept, steps + new.count, max(worst, new.worst, key=abs)
+            accept, steps, worst = (
+                accept + new.accept,
+                steps + new.count,
+                max(worst, new.worst, key=abs),
+            )
             diverged = new.worst > _DIVERGENCE or not np.isfinite(new.worst)
             depth += 1
             if new.stop:

@@ -15,6 +15,7 @@ from bnn.method import Method, check_count, check_positive
 
 _WINDOWS = 20  # stretches that a full run is cut into when convergence is judged
 _DROPS = 2  # times a plateau cuts the learning rate by ten before it ends the fit
+_RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
 
 
@@ -80,7 +81,32 @@ def maximise(
     Raises:
         FitError: not finite three times in a row.
     """
-    leaves = {name: leaf.requires_grad_() for name, leaf in tensors.items()}
+    trained = {name: leaf.requires_grad for name, leaf in tensors.items()}
+    # Pyro may register one tensor under two names; it takes one step.
+    unique = {id(leaf): name for name, leaf in reversed(list(tensors.items()))}.values()
+    leaves = {name: tensors[name].requires_grad_() for name in unique}
+    try:
+        history, average = _ascend(objective, leaves, batches, settings, what, progress, settle)
+    finally:
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(trained[name])
+            leaf.grad = None
+    with torch.no_grad():
+        for name, mean in average.items():
+            leaves[name].copy_(mean)
+    return torch.tensor(history)
+
+
+def _ascend(
+    objective: Callable[[tuple[Any, ...], int], Tensor],
+    leaves: Mapping[str, Tensor],
+    batches: Iterator[tuple[Any, ...]],
+    settings: Optimised,
+    what: str,
+    progress: bool,
+    settle: int,
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The loop itself: the history, and the averages of the last stretch."""
     optimiser = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
     window = max(settings.steps // _WINDOWS, 10)
     plateau = Plateau(window, settle) if settings.schedule == "plateau" else None
@@ -112,7 +138,9 @@ def maximise(
             history.append(float(value.detach()))
             shown.update()
             if step % 20 == 0:
-                shown.set_postfix_str(f"objective {history[-1]:.4g}, lr {factor * settings.learning_rate:.1g}")
+                shown.set_postfix_str(
+                    f"objective {history[-1]:.4g}, lr {factor * settings.learning_rate:.1g}"
+                )
             if plateau is None:
                 continue
             if plateau.drops == _DROPS:  # the last stretch is averaged
@@ -128,14 +156,9 @@ def maximise(
                     f"{what} was still rising after {settings.steps} steps. Raise steps, or "
                     f"learning_rate (now {settings.learning_rate:g}).",
                     ConvergenceWarning,
-                    stacklevel=2,
+                    stacklevel=5,
                 )
-    with torch.no_grad():
-        for name, mean in average.items():
-            leaves[name].copy_(mean)
-    for leaf in leaves.values():
-        leaf.requires_grad_(False)
-    return torch.tensor(history)
+    return history, average
 
 
 def _factor(settings: Optimised, step: int, plateau: "Plateau | None") -> float:
@@ -161,7 +184,7 @@ class Plateau:
     """Notices that a noisy objective has stopped rising.
 
     The objective is cut into stretches. It has stopped when the last stretch is no better than the
-    one before it by more than the noise of the difference of their means.
+    one before it by more than the noise of the difference of their means, or than what float32 resolves.
     """
 
     def __init__(self, window: int, start: int = 0):
@@ -186,4 +209,4 @@ class Plateau:
         first, second = recent[: self.window], recent[self.window :]
         gain = second.mean() - first.mean()
         noise = ((first.var() + second.var()) / self.window).sqrt()
-        return bool(gain > noise + 1e-9 * second.mean().abs())
+        return bool(gain > torch.maximum(noise, _RESOLUTION + 1e-6 * second.mean().abs()))

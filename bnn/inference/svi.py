@@ -68,7 +68,9 @@ class SVI(Optimised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("SVI", particles=self.particles, draws=self.draws, annealing=self.annealing + 1)
+        check_count(
+            "SVI", particles=self.particles, draws=self.draws, annealing=self.annealing + 1
+        )
         if self.annealing >= self.steps:
             raise ValueError(
                 f"SVI(annealing={self.annealing}, steps={self.steps}): the weight of the KL must "
@@ -142,7 +144,9 @@ class Bound:
 
     def __init__(self, energy: Energy, family: Any, sites: Sites, annealing: int):
         self.energy, self.family, self.annealing = energy, family, annealing
-        self.exact = set() if family.moments() is None else _normal_priors(energy, family.independent)
+        self.exact = (
+            set() if family.moments() is None else _normal_priors(energy, family.independent)
+        )
 
     def __call__(self, batch: tuple[Any, ...], step: int, particles: int) -> Tensor:
         weight = min(1.0, (step + 1) / (self.annealing + 1))
@@ -214,6 +218,8 @@ def _normal_priors(energy: Energy, independent: bool) -> set[str]:
         if fn is not None
         and (
             independent
-            or (torch.equal(fn.loc, second[name].loc) and torch.equal(fn.scale, second[name].scale))
+            or (
+                torch.equal(fn.loc, second[name].loc) and torch.equal(fn.scale, second[name].scale)
+            )
         )
     }

@@ -1,0 +1,98 @@
+"""The prior: what a model says before it has seen an observation."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn import contract
+from bnn.contract import Sites
+from bnn.data import Data, tensors
+from bnn.errors import ModelError
+from bnn.handlers import Capture, branch, quiet_pyro, seeded
+from bnn.method import Model, Tensors, check_count
+from bnn.prediction import Prediction, predict
+
+
+def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0) -> Prediction:
+    """Runs a model forward from its prior: the data it expects.
+
+    Args:
+        model: a Pyro callable `model(*inputs, y=None)`.
+        *inputs: its arguments without the observations, (row, *) each.
+        draws: draws of the prior.
+        seed: of the draws and of the noise.
+
+    Returns:
+        Draws of f and y, (chain=1, draw, row, *), and their moments.
+
+    Raises:
+        ModelError: the model does not run with its observations set to None, or observes none.
+        DataError: an input is not numeric or not finite.
+
+    Example:
+        >>> import bnn, pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("y", dist.Normal(w * x, 0.1), obs=y)
+        >>> bnn.prior_predictive(model, torch.ones(3), draws=20).y.shape
+        torch.Size([1, 20, 3])
+    """
+    from bnn.fitting import seed_sequence
+
+    check_count("prior_predictive", draws=draws)
+    seed_sequence(seed)
+    made = tensors(inputs, contract.argument_names(model, len(inputs)))
+    sites = _statements(model, made)
+    return prior_draws(model, made, sites, draws, seed)[1]
+
+
+def prior_draws(
+    model: Model, inputs: tuple[Tensor, ...], sites: Sites, draws: int, seed: int
+) -> tuple[Tensors, Prediction]:
+    """Draws of the latent sites, (1, draw, *site) each, and the prior predictive."""
+    root = np.random.SeedSequence(seed)
+    runs = []
+    with quiet_pyro(), seeded(branch(root, 0)), torch.no_grad():
+        for _ in range(draws):
+            with Capture(sites.observed) as capture:
+                model(*inputs, None)
+            runs.append({k: capture.values[k] for k in sites.latent})
+    latent = {k: torch.stack([run[k] for run in runs]).detach() for k in sites.latent}
+    outside = {k: v for k, v in latent.items() if k in sites.globals}
+    prediction = predict(model, outside, inputs, sites, branch(root, 1), (1, draws))
+    return {k: v[None] for k, v in latent.items()}, prediction
+
+
+def _statements(model: Model, inputs: tuple[Tensor, ...]) -> Sites:
+    """The sites of a model that has no observations yet: its last statement is the observed one."""
+    from pyro import poutine
+
+    from bnn.handlers import is_statement
+
+    rows = next((len(x) for x in inputs if x.ndim), 0)
+    data = Data(inputs, contract.argument_names(model, len(inputs)), rows=rows)
+    with quiet_pyro(), seeded(np.random.SeedSequence(0)), contract.told(model, data):
+        trace = poutine.trace(model).get_trace(*inputs, None)
+    found = [
+        (name, node)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and is_statement(node) and not node["is_observed"]
+    ]
+    if not found:
+        raise ModelError("The model states no site when its observations are None.")
+    observed, last = found[-1]
+    frames = [f for f in last["cond_indep_stack"] if rows in (f.size, f.full_size)]
+    plate = frames[0].name if frames else None
+    latent = {
+        name: contract.Site(
+            tuple(node["value"].shape),
+            node["fn"].support,
+            any(f.name == plate for f in node["cond_indep_stack"]),
+        )
+        for name, node in found[:-1]
+    }
+    return Sites(latent, observed, plate, 0, rows, False, (), {}, True, data.names)
