@@ -1,0 +1,242 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule, PyroSample
+
+import bnn
+from bnn import handlers, prediction
+from bnn.models import sample_weights
+from tests.exact import check_predictive_noise
+
+SHORT = bnn.SVI(steps=100, draws=50)
+NET = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+
+
+def by_hand(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+class Module(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[torch.nn.Linear](2, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+        self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+    def forward(self, x, y=None):
+        f = self.linear(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(f, 0.5), obs=y)
+
+
+def by_sample_weights(x, y=None):
+    net = sample_weights(NET)
+    with pyro.plate("data", len(x)):
+        f = pyro.deterministic("f", net(x).squeeze(-1))
+        pyro.sample("y", dist.Normal(f, 0.5), obs=y)
+
+
+DOORS = {"by_hand": by_hand, "module": Module(), "sample_weights": by_sample_weights}
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 2, generator=generator)
+    return x, x[:, 0] - x[:, 1] + 0.1 * torch.randn(30, generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("method", [SHORT, bnn.NUTS(chains=2, warmup=100, draws=50)], ids=str)
+def test_every_way_to_write_a_model_goes_through_one_door(door, method, rows):
+    posterior = bnn.fit(DOORS[door], *rows, method=method)
+    assert posterior.predict(rows[0][:4]).y.shape == (*posterior.shape, 4)
+    assert posterior.log_likelihood().shape == (*posterior.shape, 30)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+@pytest.mark.parametrize("door", DOORS)
+def test_lifted_and_looped_predictions_agree(door, rows, monkeypatch):
+    posterior = bnn.fit(DOORS[door], *rows, method=SHORT)
+    lifted, score = posterior.predict(rows[0]), posterior.log_likelihood()
+    calls = []
+    monkeypatch.setattr(prediction, "vmap", lambda *a, **k: calls.append(1) or _refuse)
+    monkeypatch.setattr(handlers, "vmap", lambda *a, **k: calls.append(1) or _refuse)
+    looped = posterior.predict(rows[0])
+    assert calls
+    for name in ("f", "mean", "aleatoric", "epistemic"):
+        torch.testing.assert_close(
+            getattr(lifted, name), getattr(looped, name), rtol=1e-5, atol=1e-5
+        )
+    torch.testing.assert_close(score, posterior.log_likelihood(), rtol=1e-5, atol=1e-5)
+
+
+def _refuse(*args):
+    raise RuntimeError("cannot be lifted")
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+@pytest.mark.parametrize(
+    "noise",
+    [
+        lambda f: dist.Normal(f, 0.5),
+        lambda f: dist.StudentT(5.0, f, 0.5),
+        lambda f: dist.LogNormal(f, 0.5),
+        lambda f: dist.Laplace(f, 0.5),
+        lambda f: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), dist.Normal(torch.stack([f, f + 1], -1), 0.5)
+        ),
+        lambda f: dist.Normal(f, 0.5).mask(torch.ones(1, dtype=torch.bool)),
+        lambda f: dist.Weibull(f.exp(), 2.0),  # its transforms hold tensors: looped
+    ],
+    ids=["normal", "student", "lognormal", "laplace", "mixture", "masked", "weibull"],
+)
+def test_moments_are_those_of_the_distribution_at_each_draw(noise, rows):
+    x, y = rows
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 0.3).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", x @ w)
+            pyro.sample("y", noise(f), obs=y)
+
+    posterior = bnn.fit(model, x, y.exp(), method=SHORT)
+    got = posterior.predict(x[:3], seed=4)
+    fn = noise(posterior.draws["w"][0] @ x[:3].T)
+    torch.testing.assert_close(got.mean, fn.mean.mean(0))
+    torch.testing.assert_close(got.aleatoric, fn.variance.mean(0))
+    torch.testing.assert_close(got.epistemic, fn.mean.var(0, correction=0))
+    assert len(got.y.unique()) == got.y.numel()  # every draw and row has noise of its own
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_labels_have_entropies_and_they_add_up(rows):
+    x, _ = rows
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+    y = x.argmax(1)
+    posterior = bnn.fit(model, x, y, method=SHORT)
+    got = posterior.predict(x)
+    probs = (x @ posterior.draws["w"][0]).softmax(-1)  # (draw, row, class)
+    entropy = lambda p: -(p * p.log()).sum(-1)
+    torch.testing.assert_close(got.probs, probs.mean(0))
+    torch.testing.assert_close(got.aleatoric, entropy(probs).mean(0))
+    torch.testing.assert_close(got.entropy, entropy(probs.mean(0)))
+    torch.testing.assert_close(got.mutual_information, got.entropy - got.aleatoric)
+    assert got.y.dtype == torch.long
+    with pytest.raises(bnn.ModelError, match="standard deviation"):
+        got.std  # noqa: B018
+
+
+def test_predictive_draws_carry_the_observation_noise():
+    check_predictive_noise()
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_blocks_of_rows_do_not_change_the_result(rows, monkeypatch):
+    posterior = bnn.fit(by_sample_weights, *rows, method=SHORT)
+    x = torch.randn(1_100, 2, generator=torch.Generator().manual_seed(1))
+    whole = posterior.predict(x)
+    monkeypatch.setattr(prediction, "_ROWS", 100)
+    monkeypatch.setattr(prediction, "_CELLS", 700)
+    parts = posterior.predict(x)
+    for name in ("f", "mean", "aleatoric", "epistemic"):
+        torch.testing.assert_close(
+            getattr(whole, name), getattr(parts, name), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_quantiles_of_many_draws(rows):
+    posterior = bnn.fit(by_hand, *rows, method=SHORT)
+    got = posterior.predict(rows[0])
+    pooled = got.y.flatten(0, 1)
+    torch.testing.assert_close(got.quantile(0.3), pooled.quantile(0.3, dim=0))
+    lower, upper = got.interval(0.8)
+    torch.testing.assert_close(lower, pooled.quantile(0.1, dim=0))
+    torch.testing.assert_close(upper, pooled.quantile(0.9, dim=0))
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        got.quantile(1.5)
+    with pytest.raises(ValueError, match="level"):
+        got.interval(90)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_fewer_draws_are_spread_evenly(rows):
+    posterior = bnn.fit(by_hand, *rows, method=SHORT)
+    got = posterior.predict(rows[0], draws=2)
+    ends = posterior.draws["w"][:, [0, -1]] @ rows[0].T
+    torch.testing.assert_close(got.mean, ends.mean((0, 1)))
+    with pytest.raises(ValueError, match="1 to 50"):
+        posterior.predict(rows[0], draws=51)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_local_sites_are_drawn_anew_at_new_rows_and_kept_at_the_old():
+    def model(x, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+            pyro.sample("y", dist.Normal(theta, x), obs=y)
+
+    x, y = torch.full((6,), 0.1), torch.tensor([3.0, -3.0, 2.0, -2.0, 1.0, -1.0])
+    posterior = bnn.fit(model, x, y, method=bnn.NUTS(chains=2, warmup=200, draws=400))
+    assert posterior.draws["theta"].shape == (2, 400, 6)
+    prediction = posterior.predict(torch.full((2,), 0.1))
+    assert prediction.local["theta"].shape == (2, 400, 2)
+    assert 1.7 < prediction.local["theta"].std() < 2.5  # the spread of the prior around mu
+    fitted = posterior.log_likelihood().mean()
+    assert fitted > 0  # density near 1 / (0.1 sqrt(2 pi)) at the fitted thetas
+    assert posterior.log_likelihood(x, y).mean() < -10  # thetas drawn anew miss
+
+
+def test_a_large_prediction_stays_under_two_gigabytes():
+    """1,000 draws x 100,000 rows of a 1x50 net, in a process of its own."""
+    program = """
+        import resource, torch, bnn
+        from bnn import models
+        x = torch.randn(100, 1); y = x[:, 0]
+        model = models.mlp_regression(1, hidden=(50,))
+        import warnings; warnings.simplefilter("ignore")
+        posterior = bnn.fit(model, x, y, method=bnn.SVI(steps=20, draws=1000))
+        p = posterior.predict(torch.randn(100_000, 1))
+        assert p.y.shape == (1, 1000, 100_000)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # several test processes share the cores
+    )
+    assert float(out.stdout) < 2.0, f"{float(out.stdout):.2f} GiB"
+
+
+def test_import_adds_less_than_a_third_of_a_second():
+    program = (
+        "import time, torch, pyro, pyro.infer.autoguide; t = time.perf_counter(); import bnn; "
+        "print(time.perf_counter() - t)"
+    )
+    times = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(3)
+    ]
+    assert min(times) < 0.3

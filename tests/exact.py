@@ -1,0 +1,150 @@
+"""Problems whose posterior is known exactly, and the checks that hold a fit against it."""
+
+import math
+from dataclasses import dataclass
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import bnn
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Bayesian linear regression with known noise 1 and prior N(0, 1): a Gaussian posterior.
+
+    n = 50 rows, sample correlation of the two features exactly .8: posterior sd .22572 each,
+    correlation -.7843; the mean-field optimum has sd ratio .6204 and KL .4774 nats.
+    """
+
+    x: Tensor
+    y: Tensor
+    mean: Tensor
+    cov: Tensor
+    log_evidence: float
+
+    @staticmethod
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", x @ w)
+            pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+    @classmethod
+    def make(cls) -> "Regression":
+        rng = np.random.default_rng(0)
+        z = rng.standard_normal((50, 2))
+        z -= z.mean(0)
+        z = np.linalg.qr(z)[0] * math.sqrt(50)
+        x = z @ np.linalg.cholesky(np.array([[1, 0.8], [0.8, 1]])).T
+        y = x @ np.array([1.0, -0.5]) + rng.standard_normal(50)
+        precision = np.eye(2) + x.T @ x
+        cov = np.linalg.inv(precision)
+        marginal = np.eye(50) + x @ x.T
+        log_evidence = -0.5 * (
+            y @ np.linalg.solve(marginal, y) + np.linalg.slogdet(2 * np.pi * marginal)[1]
+        )
+        as_tensor = lambda a: torch.tensor(a, dtype=torch.get_default_dtype())
+        return cls(
+            as_tensor(x), as_tensor(y), as_tensor(cov @ x.T @ y), as_tensor(cov), log_evidence
+        )
+
+    @property
+    def sd(self) -> Tensor:
+        return self.cov.diagonal().sqrt()
+
+    def elbo(self, loc: Tensor, scale: Tensor) -> float:
+        """The ELBO of a mean-field Gaussian: log evidence - KL(q || posterior), in closed form."""
+        loc, variance, cov = loc.double(), scale.double() ** 2, self.cov.double()
+        precision, shift = torch.linalg.inv(cov), loc - self.mean.double()
+        kl = 0.5 * (
+            (precision.diagonal() * variance).sum()
+            + shift @ precision @ shift
+            - 2
+            + torch.logdet(cov)
+            - variance.log().sum()
+        )
+        return self.log_evidence - float(kl)
+
+
+def z_scores(draws: Tensor, exact: Tensor | float) -> np.ndarray:
+    """(mean of draws - exact) in Monte Carlo standard errors, by ArviZ's ESS; draws (chain, draw, *)."""
+    values = np.asarray(draws.double())
+    flat = values.reshape(*values.shape[:2], -1)
+    each = np.broadcast_to(np.asarray(exact, dtype=float), values.shape[2:]).reshape(-1)
+    scores = []
+    for i, truth in enumerate(each):
+        one = np.ascontiguousarray(flat[:, :, i])
+        ess = float(az.ess(one, method="mean"))
+        assert ess >= 400, f"effective sample size {ess:.0f}: too few draws to judge"
+        scores.append((one.mean() - truth) / (one.std() / math.sqrt(ess)))
+    return np.array(scores)
+
+
+def assert_exact(draws: Tensor, mean, sd, *, ratio: tuple[float, float] = (0.93, 1.07)) -> None:
+    """|z| < 4 (false alarm 6e-5 a quantity) and the ratio of standard deviations within bounds."""
+    z = z_scores(draws, mean)
+    assert np.abs(z).max() < 4, f"means off by {z.round(1)} Monte Carlo errors"
+    got = draws.double().flatten(0, 1).std(0)
+    share = (got / torch.as_tensor(sd, dtype=torch.float64)).reshape(-1)
+    assert ((share > ratio[0]) & (share < ratio[1])).all(), f"sd ratios {share}"
+
+
+def nuts(**settings) -> bnn.NUTS:
+    return bnn.NUTS(**{"chains": 4, "warmup": 500, "draws": 1_000} | settings)
+
+
+def check_regression_by_nuts() -> None:
+    exact = Regression.make()
+    posterior = bnn.fit(exact.model, exact.x, exact.y, method=nuts(), seed=1)
+    w = posterior.draws["w"]
+    assert_exact(w, exact.mean, exact.sd)
+    corr = float(torch.corrcoef(w.flatten(0, 1).T)[0, 1])
+    assert abs(corr + 0.7843) < 0.05
+    squares = (w - exact.mean) ** 2  # second moments too: a wrong width is 4 errors off at once
+    assert np.abs(z_scores(squares, exact.cov.diagonal())).max() < 4
+
+
+def check_regression_by_mean_field(**settings) -> None:
+    exact = Regression.make()
+    method = bnn.SVI(**{"particles": 4, "draws": 20_000} | settings)
+    posterior = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1)
+    loc = posterior.params["guide.loc"]
+    scale = posterior.params["guide.log_scale"].exp()
+    assert ((loc - exact.mean).abs() < 0.1 * exact.sd).all(), loc - exact.mean
+    ratio = scale / exact.sd
+    assert ((ratio - 0.6204).abs() < 0.03).all(), ratio
+    assert exact.elbo(loc, scale) > exact.log_evidence - 0.4774 - 0.02
+    drawn = posterior.draws["w"].flatten(0, 1).std(0)
+    assert torch.allclose(drawn, scale, rtol=0.02)  # 4 standard errors of an sd at 20,000 draws
+    assert (
+        abs(posterior.elbo - exact.elbo(loc, scale)) < 0.1
+    )  # 8,192 draws, sd about 1.5: 4 x .017
+
+
+def gamma_poisson(y=None):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def check_positive_site_by_nuts() -> None:
+    """Gamma-Poisson: rate | y = Gamma(2 + sum y, 1 + n). Wrong without the log-Jacobian."""
+    y = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    posterior = bnn.fit(gamma_poisson, y, method=nuts(), seed=2)
+    assert_exact(posterior.draws["rate"], 5 / 5, math.sqrt(5) / 5)
+
+
+def check_predictive_noise() -> None:
+    """Var[y | x] = x' S x + 1 for the conjugate regression."""
+    exact = Regression.make()
+    posterior = bnn.fit(exact.model, exact.x, exact.y, method=nuts(), seed=1)
+    prediction = posterior.predict(exact.x[:5])
+    variance = (exact.x[:5] @ exact.cov * exact.x[:5]).sum(1) + 1
+    # 4,000 nearly independent draws: relative error of a variance sqrt(2 / 4000) = .022
+    assert torch.allclose(prediction.y.flatten(0, 1).var(0), variance, rtol=0.1)
+    assert torch.allclose(prediction.total, variance, rtol=0.02)

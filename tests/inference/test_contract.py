@@ -1,0 +1,236 @@
+"""The laws of every method. A new method joins by a line in METHODS."""
+
+import io
+import pickle
+import random
+import warnings
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import bnn
+
+METHODS = {
+    "svi": bnn.SVI(steps=300, draws=60, particles=4),
+    "svi_full_rank": bnn.SVI(guide="full_rank", steps=300, draws=60),
+    "svi_low_rank": bnn.SVI(guide="low_rank", steps=300, draws=60),
+    "svi_flow": bnn.SVI(guide="flow", steps=300, draws=60),
+    "svi_point": bnn.SVI(guide="point", steps=300, draws=60),
+    "svi_autoguide": bnn.SVI(
+        guide=pyro.infer.autoguide.AutoDiagonalNormal, steps=300, draws=60, particles=2
+    ),
+    "map": bnn.MAP(steps=300, restarts=2, draws=30),
+    "nuts": bnn.NUTS(chains=2, warmup=100, draws=40),
+}
+MINIBATCHED = {k: m for k, m in METHODS.items() if hasattr(m, "batch_size")}
+GROUPS = {
+    "posterior", "posterior_predictive", "log_likelihood", "prior", "prior_predictive",
+    "observed_data", "constant_data",
+}  # fmt: skip
+
+
+def model(x, y=None):
+    """A positive global site, a vector of weights, a seam."""
+    w = pyro.sample("net.weight", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        f = pyro.deterministic("f", x @ w)
+        pyro.sample("y", dist.Normal(f, sigma), obs=y)
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 3))
+    y = x @ [1.0, -1.0, 0.5] + 0.3 * rng.standard_normal(40)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+
+
+def _fit(data, method, seed=0):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the settings are too short to converge
+        return bnn.fit(model, *data, method=method, seed=seed, progress=False)
+
+
+@pytest.fixture(scope="module")
+def fits(data):
+    return {name: _fit(data, method) for name, method in METHODS.items()}
+
+
+@pytest.fixture(params=METHODS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def posterior(fits, name):
+    return fits[name]
+
+
+def test_draws_are_of_the_global_sites_inside_their_support(posterior):
+    assert isinstance(posterior, bnn.Posterior)
+    assert list(posterior.draws) == ["net.weight", "sigma"]
+    chain, draw = posterior.shape
+    assert posterior.draws["net.weight"].shape == (chain, draw, 3)
+    assert posterior.draws["sigma"].shape == (chain, draw)
+    assert all(torch.isfinite(v).all() for v in posterior.draws.values())
+    assert all(not v.requires_grad for v in (posterior.draws | posterior.params).values())
+    assert (posterior.draws["sigma"] > 0).all()
+    assert posterior.seconds > 0
+
+
+def test_predicts_at_a_new_number_of_rows(posterior):
+    for rows in (0, 1, 7):
+        prediction = posterior.predict(torch.ones(rows, 3))
+        assert prediction.f.shape == prediction.y.shape == (*posterior.shape, rows)
+        assert prediction.mean.shape == prediction.std.shape == (rows,)
+        lower, upper = prediction.interval(0.9) if rows else (torch.zeros(0), torch.zeros(0))
+        assert (lower < upper).all()
+
+
+def test_f_is_the_seam_and_moments_follow_from_the_draws(posterior):
+    x = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.0, -1.0]])
+    prediction = posterior.predict(x)
+    f = posterior.draws["net.weight"] @ x.T
+    torch.testing.assert_close(prediction.f, f)
+    torch.testing.assert_close(prediction.mean, f.mean((0, 1)))
+    torch.testing.assert_close(prediction.epistemic, f.flatten(0, 1).var(0, correction=0))
+    noise = posterior.draws["sigma"].square().mean()
+    torch.testing.assert_close(prediction.aleatoric, noise.expand(2))
+
+
+def test_log_likelihood_is_that_of_the_draws(posterior, data):
+    x, y = data
+    mean, scale = posterior.draws["net.weight"] @ x.T, posterior.draws["sigma"][..., None]
+    expected = dist.Normal(mean, scale).log_prob(y)
+    torch.testing.assert_close(posterior.log_likelihood(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior.log_likelihood(x[:5], y[:5]), expected[..., :5])
+    score = expected.flatten(0, 1).exp().mean(0).log()
+    torch.testing.assert_close(posterior.log_score(x, y), score, rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_bits_whatever_ran_before(posterior, name, data):
+    torch.manual_seed(123)
+    random.seed(5)
+    again = _fit(data, METHODS[name])
+    for site, draws in posterior.draws.items():
+        assert torch.equal(draws, again.draws[site])
+    other = _fit(data, METHODS[name], seed=1)
+    assert not torch.equal(other.draws["sigma"], posterior.draws["sigma"])
+    x = torch.ones(2, 3)
+    assert torch.equal(again.predict(x).y, posterior.predict(x).y)
+    assert not torch.equal(again.predict(x, seed=1).y, posterior.predict(x).y)
+
+
+def test_the_callers_state_is_left_alone(name, data):
+    pyro.param("mine", torch.tensor(3.0))
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    python_state = random.getstate()
+    validation = pyro.infer.util.is_validation_enabled()
+    before = [d.clone() for d in data]
+    try:
+        posterior = _fit(data, METHODS[name])
+        posterior.predict(data[0])
+        posterior.log_likelihood()
+        assert list(pyro.get_param_store().keys()) == ["mine"]
+        assert pyro.param("mine").item() == 3.0
+    finally:
+        pyro.clear_param_store()
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert all(
+        np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state(), strict=True)
+    )
+    assert python_state == random.getstate()
+    assert pyro.infer.util.is_validation_enabled() == validation
+    assert torch.distributions.Normal._validate_args == dist.Normal._validate_args
+    assert torch.get_default_dtype() == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(before, data, strict=True))
+
+
+def test_save_and_load_predict_the_same(posterior, tmp_path):
+    posterior.save(tmp_path / "fit")
+    loaded = bnn.load(tmp_path / "fit", model)
+    assert loaded.method == posterior.method
+    assert loaded.seed == posterior.seed
+    assert loaded.elbo == posterior.elbo
+    x = torch.ones(3, 3)
+    assert torch.equal(loaded.predict(x).y, posterior.predict(x).y)
+    assert torch.equal(loaded.log_likelihood(), posterior.log_likelihood())
+
+
+def test_arviz_opens_the_same_groups(posterior, tmp_path):
+    exported = posterior.to_arviz(predictions=posterior.predict(torch.ones(2, 3)))
+    exported.to_netcdf(tmp_path / "posterior.nc")
+    for tree in (exported, az.from_netcdf(tmp_path / "posterior.nc")):
+        groups = tree.groups() if callable(tree.groups) else tree.children
+        stats = {"sample_stats"} if posterior.stats else set()
+        wanted = GROUPS | stats | {"predictions", "predictions_constant_data"}
+        assert {g for g in groups if not g.startswith("_")} == wanted
+        assert tree["posterior"]["net.weight"].dims == ("chain", "draw", "net.weight_dim_0")
+        assert tree["posterior_predictive"]["y"].dims == ("chain", "draw", "row")
+        assert tree["log_likelihood"]["y"].shape == (*posterior.shape, 40)
+        assert tree["constant_data"]["x"].dims == ("row", "x_column")
+        assert tree["predictions"]["f"].shape == (*posterior.shape, 2)
+
+
+def test_arviz_reads_the_result(posterior):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    exported = posterior.to_arviz()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert len(az.summary(exported)) == 4
+        elpd = az.loo(exported)
+        assert np.isfinite(float(getattr(elpd, "elpd", None) or elpd.elpd_loo))
+        az.plot_trace(exported, var_names=["sigma"])
+        matplotlib.pyplot.close("all")
+        table = az.compare({"one": exported, "two": exported})
+    assert len(table) == 2
+
+
+def test_repr_evaluates_back(name):
+    method = METHODS[name]
+    if name == "svi_autoguide":
+        pytest.skip("a guide class prints as Python prints classes")
+    assert eval(repr(method), vars(bnn)) == method
+    assert method == pickle.loads(pickle.dumps(method))
+    with pytest.raises(AttributeError):
+        method.draws = 3
+
+
+@pytest.mark.parametrize("kind", MINIBATCHED)
+def test_minibatches_and_all_rows_agree(kind, data):
+    """Within 8 % of the response: both are short runs of the same objective."""
+    import dataclasses
+
+    settings = {"steps": 3_000, "draws": 500}
+    whole = _fit(data, dataclasses.replace(MINIBATCHED[kind], **settings))
+    parts = _fit(data, dataclasses.replace(MINIBATCHED[kind], batch_size=20, **settings))
+    first, second = (p.draws["net.weight"].mean((0, 1)) for p in (whole, parts))
+    assert (first - second).abs().max() < 0.08
+
+
+def test_refuses_an_ill_shaped_y_with_our_error(name, data):
+    x, y = data
+    with pytest.raises(bnn.DataError, match="row=40"):
+        bnn.fit(model, x, y[:, None], method=METHODS[name])
+
+
+def test_prints_as_one_line(posterior):
+    text = repr(posterior)
+    assert "net.weight (3,)" in text
+    assert "\n" not in text
+
+
+def test_compare_takes_them_all(fits, data):
+    table = bnn.compare(fits, data=data)
+    assert set(table.index) == set(METHODS)
+    assert {"log_score", "rmse", "coverage_90", "seconds"} <= set(table.columns)
+    assert table["log_score"].is_monotonic_decreasing
+    buffer = io.StringIO()
+    table.to_csv(buffer)

@@ -1,0 +1,228 @@
+import math
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import bnn
+from bnn.inference._nuts import Chain, Metric, sample
+from tests.exact import (
+    assert_exact,
+    check_positive_site_by_nuts,
+    check_regression_by_nuts,
+    nuts,
+    z_scores,
+)
+
+SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def test_conjugate_regression_is_exact():
+    check_regression_by_nuts()
+
+
+def test_positive_site_is_exact():
+    check_positive_site_by_nuts()
+
+
+def test_dense_mass_matrix_is_exact(regression):
+    method = nuts(mass_matrix="dense")
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=3)
+    assert_exact(posterior.draws["w"], regression.mean, regression.sd)
+
+
+@pytest.mark.parametrize(("depth", "dense"), [(10, False), (3, False), (10, True)])
+def test_kernel_keeps_a_correlated_gaussian(depth, dense):
+    """Eight dimensions, sds .1 to 10, correlation .5; depth 3 cuts trajectories short."""
+    sd = np.logspace(-1, 1, 8)
+    cov = (0.5 + 0.5 * np.eye(8)) * np.outer(sd, sd)
+    precision = np.linalg.inv(cov)
+
+    def gradient(z):
+        pull = z @ precision
+        return 0.5 * (z * pull).sum(1), pull
+
+    chains = [
+        Chain(
+            rng=np.random.default_rng([7, number]),
+            z=sd * number,
+            draws=4_000,
+            warmup=500,
+            max_depth=depth,
+            target=0.8,
+            dense=dense,
+        )
+        for number in range(4)
+    ]
+    results = sample(gradient, chains, 4, lambda chain: None)
+    draws = torch.tensor(np.stack([kept for kept, _ in results]))
+    assert_exact(draws, 0.0, sd)
+    assert np.abs(z_scores(draws**2, sd**2)).max() < 4
+    assert sum(stat["diverging"].sum() for _, stat in results) == 0
+    accepted = np.mean([stat["acceptance_rate"].mean() for _, stat in results])
+    assert 0.75 < accepted < 0.95  # the target is .8; final averaging errs upwards
+
+
+@pytest.mark.parametrize("cov", [np.array([4.0, 0.25]), np.array([[4.0, 0.9], [0.9, 0.25]])])
+def test_momentum_has_the_mass_matrix_as_covariance(cov):
+    metric, rng = Metric(cov), np.random.default_rng(0)
+    draws = np.stack([metric.momentum(rng) for _ in range(40_000)])
+    mass = np.linalg.inv(np.diag(cov) if cov.ndim == 1 else cov)
+    # relative error of a variance from 40,000 draws is .7 %: 5 of them
+    np.testing.assert_allclose(np.cov(draws.T), mass, rtol=0.035, atol=0.035 * mass.max())
+
+
+def test_eight_schools_of_posteriordb():
+    """mu ~ N(0, 5), tau ~ HalfCauchy(5). Exact values by one-dimensional quadrature."""
+
+    def model(error, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("school", len(error)):
+            theta = pyro.deterministic(
+                "theta", mu + tau * pyro.sample("eta", dist.Normal(0.0, 1.0))
+            )
+            pyro.sample("y", dist.Normal(theta, error), obs=y)
+
+    method = nuts(draws=2_500, target_accept=0.95)
+    posterior = bnn.fit(model, ERRORS, SCHOOLS, method=method, seed=4)
+    assert_exact(posterior.draws["mu"], 4.3968, 3.3177)
+    assert_exact(posterior.draws["tau"], 3.5977, 3.2200, ratio=(0.9, 1.1))  # a heavy right tail
+    theta = posterior.deterministic()["theta"]
+    exact = [6.212, 4.940, 3.927, 4.757, 3.616, 4.043, 6.297, 4.854]
+    assert np.abs(z_scores(theta, exact)).max() < 4
+
+
+def test_eight_schools_of_inference_gym():
+    """mu ~ N(0, 10), log tau ~ N(5, 1), centred: the posterior keeps tau away from 0."""
+
+    def model(error, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.LogNormal(5.0, 1.0))
+        with pyro.plate("school", len(error)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, error), obs=y)
+
+    posterior = bnn.fit(
+        model, ERRORS, SCHOOLS, method=nuts(draws=2_500, target_accept=0.9), seed=5
+    )
+    assert_exact(posterior.draws["mu"], 5.7990, 5.4472)
+    assert_exact(posterior.draws["tau"].log(), 2.4506, 0.5128)
+    exact = [14.770, 7.177, 2.668, 6.571, 1.817, 3.426, 12.807, 7.968]
+    assert np.abs(z_scores(posterior.draws["theta"], exact)).max() < 4
+
+
+def test_logistic_weight_against_quadrature():
+    x = torch.tensor([-2.0, -1.0, -0.5, 0.3, 0.8, 1.5, 2.2])
+    y = torch.tensor([0, 0, 1, 0, 1, 1, 1])
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=w * x), obs=y)
+
+    grid = torch.linspace(-15, 15, 60_001, dtype=torch.float64)
+    score = dist.Bernoulli(logits=grid[:, None] * x).log_prob(y.double()).sum(1)
+    weight = (score + dist.Normal(0.0, 2.0).log_prob(grid)).softmax(0)
+    mean = float(weight @ grid)
+    sd = math.sqrt(float(weight @ (grid - mean) ** 2))
+    posterior = bnn.fit(model, x, y, method=nuts(draws=2_000), seed=6)
+    assert_exact(posterior.draws["w"], mean, sd)
+
+
+def test_simplex_site_is_exact():
+    """Dirichlet-categorical: weights | y = Dirichlet(prior + counts)."""
+    y = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+
+    def model(y=None):
+        p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 0.5])))
+        with pyro.plate("data", 10):
+            pyro.sample("y", dist.Categorical(p), obs=y)
+
+    after = torch.tensor([4.0, 4.0, 5.5])
+    exact = dist.Dirichlet(after)
+    posterior = bnn.fit(model, y, method=nuts(draws=1_500), seed=7)
+    assert_exact(posterior.draws["p"], exact.mean, exact.variance.sqrt())
+
+
+def test_a_chain_does_not_depend_on_how_many_there_are(regression):
+    fits = {
+        n: bnn.fit(
+            regression.model,
+            regression.x,
+            regression.y,
+            method=bnn.NUTS(chains=n, warmup=60, draws=40),
+            seed=8,
+        ).draws["w"]
+        for n in (1, 2, 4, 5)
+    }
+    for n, w in fits.items():
+        for chain in range(min(n, 4)):
+            assert torch.equal(w[chain], fits[4][chain]), (n, chain)
+
+
+def test_no_seeds_share_a_chain(regression):
+    method = bnn.NUTS(chains=4, warmup=10, draws=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few draws cannot have converged
+        firsts = [
+            tuple(draw.tolist())
+            for seed in range(10)
+            for draw in bnn.fit(
+                regression.model, regression.x, regression.y, method=method, seed=seed
+            ).draws["w"][:, 0]
+        ]
+    assert len(set(firsts)) == 40
+
+
+def test_every_statistic_that_arviz_knows(regression):
+    method = bnn.NUTS(chains=2, warmup=100, draws=50)
+    stats = bnn.fit(regression.model, regression.x, regression.y, method=method).stats
+    expected = {
+        "lp", "diverging", "energy", "energy_error", "max_energy_error", "acceptance_rate",
+        "step_size", "tree_depth", "n_steps", "reached_max_treedepth",
+    }  # fmt: skip
+    assert set(stats) == expected
+    assert all(value.shape == (2, 50) for value in stats.values())
+    assert (stats["n_steps"] < 2 ** stats["tree_depth"]).all()
+    assert (stats["n_steps"] >= 2 ** (stats["tree_depth"] - 1)).all()
+    assert (stats["step_size"][:, 0] == stats["step_size"][:, -1]).all()  # held after warmup
+
+
+def test_lp_is_the_log_joint_of_the_draw(regression):
+    method = bnn.NUTS(chains=1, warmup=100, draws=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = bnn.fit(regression.model, regression.x, regression.y, method=method)
+    w = posterior.draws["w"][0]
+    prior = dist.Normal(0.0, 1.0).log_prob(w).sum(1)
+    likelihood = dist.Normal(w @ regression.x.T, 1.0).log_prob(regression.y).sum(1)
+    assert torch.allclose(posterior.stats["lp"][0].float(), prior + likelihood, atol=1e-3)
+
+
+def test_funnel_is_right_or_warned_of():
+    def model(x, y=None):
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        pyro.sample("z", dist.Normal(0.0, (v / 2).exp()).expand([9]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(0 * x, 1.0), obs=y)
+
+    zeros = torch.zeros(3)
+    with pytest.warns(bnn.ConvergenceWarning, match="divergence"):
+        bnn.fit(model, zeros, zeros, method=nuts(draws=300), seed=9)
+
+
+def test_short_trajectories_are_told():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.01), obs=y)
+
+    x = torch.tensor([[1.0, 1.0], [1.0, 1.001], [0.5, 0.5]])
+    with pytest.warns(bnn.ConvergenceWarning, match="tree depth"):
+        method = bnn.NUTS(chains=2, warmup=50, draws=50, max_tree_depth=2)
+        bnn.fit(model, x, torch.ones(3), method=method)

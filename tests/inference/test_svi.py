@@ -1,0 +1,227 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import (
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+
+import bnn
+from tests.exact import check_regression_by_mean_field
+
+
+def test_mean_field_finds_its_optimum():
+    check_regression_by_mean_field()
+
+
+def test_minibatches_find_the_same_optimum():
+    check_regression_by_mean_field(batch_size=10, steps=10_000, particles=2)
+
+
+def test_a_plate_that_subsamples_finds_the_same_optimum(regression):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x), subsample_size=10) as rows:
+            pyro.sample("y", dist.Normal(x[rows] @ w, 1.0), obs=None if y is None else y[rows])
+
+    method = bnn.SVI(steps=10_000, particles=2)
+    posterior = bnn.fit(model, regression.x, regression.y, method=method, seed=1)
+    scale = posterior.params["guide.log_scale"].exp()
+    assert ((scale / regression.sd - 0.6204).abs() < 0.04).all()
+    assert ((posterior.params["guide.loc"] - regression.mean).abs() < 0.15 * regression.sd).all()
+
+
+@pytest.mark.parametrize("guide", ["full_rank", "low_rank", "flow"])
+def test_guides_that_can_be_exact_are(regression, guide):
+    """Rank 1 of 2 beside a diagonal, and a flow of two affine maps, hold any Gaussian of size 2."""
+    method = bnn.SVI(guide=guide, particles=16, draws=20_000)
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=2)
+    w = posterior.draws["w"].flatten(0, 1)
+    assert ((w.mean(0) - regression.mean).abs() < 0.1 * regression.sd).all()
+    ratio = w.std(0) / regression.sd
+    assert ((ratio > 0.95) & (ratio < 1.05)).all(), ratio
+    assert abs(float(torch.corrcoef(w.T)[0, 1]) + 0.7843) < 0.03
+    assert abs(posterior.elbo - regression.log_evidence) < 0.05  # KL = 0
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [AutoMultivariateNormal, AutoNormal, AutoDiagonalNormal, AutoIAFNormal],
+    ids=lambda g: g.__name__,
+)
+def test_autoguides_are_taken_as_they_are(regression, guide):
+    if guide is AutoIAFNormal:
+        guide = lambda model: AutoIAFNormal(model, hidden_dim=[8])
+        guide = guide(regression.model)
+    method = bnn.SVI(guide=guide, particles=4, steps=3_000, draws=2_000)
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=3)
+    w = posterior.draws["w"].flatten(0, 1)
+    assert ((w.mean(0) - regression.mean).abs() < 0.25 * regression.sd).all()
+    full = guide is AutoMultivariateNormal
+    ratio = w.std(0) / regression.sd
+    low, high = (0.9, 1.1) if full else (0.5, 1.3)
+    assert ((ratio > low) & (ratio < high)).all(), ratio
+
+
+def test_a_guide_written_by_hand(regression):
+    """The mean-field family spelled out: the same optimum, with the plate scaled on a minibatch."""
+
+    def guide(x, y=None):
+        loc = pyro.param("loc", torch.zeros(2))
+        scale = pyro.param("scale", 0.1 * torch.ones(2), constraint=dist.constraints.positive)
+        pyro.sample("w", dist.Normal(loc, scale).to_event(1))
+
+    method = bnn.SVI(guide=guide, batch_size=25, particles=4, draws=100)
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=4)
+    ratio = posterior.params["scale"] / regression.sd
+    assert ((ratio - 0.6204).abs() < 0.05).all()
+    assert ((posterior.params["loc"] - regression.mean).abs() < 0.2 * regression.sd).all()
+
+
+def test_a_guide_that_misses_a_site_is_refused(regression):
+    def guide(x, y=None):
+        pyro.sample("v", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(bnn.ModelError, match=r"misses \['w'\].*adds.*'v'"):
+        bnn.fit(regression.model, regression.x, regression.y, method=bnn.SVI(guide=guide))
+
+
+def test_analytic_kl_has_less_noise_than_sampling(regression):
+    """At q = prior the KL is 0 exactly: the objective is the expected log likelihood alone."""
+    from bnn.inference._energy import Energy
+    from bnn.inference._guide import Normal
+    from bnn.inference.svi import Bound
+
+    data, sites = bnn.contract.check(
+        regression.model, bnn.contract.read(regression.model, (regression.x, regression.y))
+    )
+    energy = Energy(regression.model, data, sites)
+    family = Normal(torch.zeros(2), torch.ones(2))
+    bound = Bound(energy, family, sites, annealing=0)
+    assert bound.exact == {"w"}
+    with pyro.validation_enabled(False):
+        got = float(bound(data.tensors, 0, 20_000))
+    x, y = regression.x.double(), regression.y.double()
+    expected = -0.5 * ((y**2).sum() + (x**2).sum()) - 25 * math.log(2 * math.pi)
+    assert abs(got - float(expected)) < 4 * 130 / math.sqrt(
+        20_000
+    )  # sd of the likelihood about 130
+
+
+def test_priors_with_latent_scale_are_exact_under_mean_field_only():
+    def model(x, y=None):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        w = pyro.sample("w", dist.Normal(0.0, tau))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
+
+    from bnn.inference._energy import Energy
+    from bnn.inference.svi import _normal_priors
+
+    x = torch.ones(4)
+    data, sites = bnn.contract.check(model, bnn.contract.read(model, (x, x)))
+    energy = Energy(model, data, sites)
+    assert _normal_priors(energy, independent=True) == {"w"}
+    assert _normal_priors(energy, independent=False) == set()
+
+
+def test_trainable_leftovers_are_fitted_and_given_back(regression):
+    """An offset without a prior is a maximum; the caller's tensor stays as it was."""
+
+    class Line(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.offset = torch.nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, x, y=None):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            with pyro.plate("data", len(x)):
+                f = pyro.deterministic("f", x @ w + self.offset)
+                pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+    line = Line()
+    method = bnn.SVI(guide="full_rank", particles=4, draws=4_000)
+    posterior = bnn.fit(line, regression.x, regression.y + 3.0, method=method, seed=5)
+    assert line.offset.item() == 0.0
+    assert line.offset.requires_grad
+    assert line.offset.grad is None
+    # x has mean 0, so the offset's maximum is the mean of y
+    assert abs(float(posterior.params["offset"]) - float(regression.y.mean()) - 3.0) < 0.03
+    prediction = posterior.predict(torch.zeros(1, 2))
+    assert abs(float(prediction.mean) - float(regression.y.mean()) - 3.0) < 0.03
+    assert line.offset.item() == 0.0
+
+
+def test_annealing_ends_at_the_same_optimum():
+    check_regression_by_mean_field(annealing=500)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", lambda step: 1 / (1 + step / 300)])
+def test_schedules(regression, schedule):
+    method = bnn.SVI(schedule=schedule, steps=2_000, particles=4)
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=6)
+    assert len(posterior.history) == 2_000
+    scale = posterior.params["guide.log_scale"].exp()
+    assert ((scale / regression.sd - 0.6204).abs() < 0.1).all()
+
+
+def test_stops_when_converged(regression):
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=bnn.SVI(), seed=7)
+    assert len(posterior.history) < 4_000
+    with pytest.warns(bnn.ConvergenceWarning, match="still rising after 400 steps"):
+        method = bnn.SVI(steps=400, learning_rate=0.001, particles=32)
+        bnn.fit(regression.model, regression.x, regression.y + 5, method=method)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_three_end_the_fit(regression):
+    calls = []
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        calls.append(1)
+        broken = float("nan") if len(calls) in lost else 0.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w + broken, 1.0), obs=y)
+
+    lost = set(range(200, 202))
+    method = bnn.SVI(steps=500, schedule="constant")
+    posterior = bnn.fit(model, regression.x, regression.y, method=method)
+    assert torch.isfinite(posterior.draws["w"]).all()
+    assert len(posterior.history) == 498
+    calls.clear()
+    lost = set(range(200, 300))
+    with pytest.raises(bnn.FitError, match=r"three times in a row.*step \d+") as caught:
+        bnn.fit(model, regression.x, regression.y, method=method)
+    assert caught.value.step is not None
+
+
+def test_local_sites_and_minibatches_are_refused():
+    def model(x, y=None):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    x = torch.ones(6)
+    with pytest.raises(bnn.ModelError, match='"theta".*batch_size'):
+        bnn.fit(model, x, x, method=bnn.SVI(batch_size=2))
+    with pytest.raises(bnn.ModelError, match='"theta".*batch_size'):
+        bnn.fit(model, x, x, method=bnn.SVI(guide=AutoNormal, batch_size=2))
+
+
+def test_data_from_a_loader(regression):
+    rows = torch.utils.data.TensorDataset(regression.x, regression.y)
+    loader = torch.utils.data.DataLoader(rows, batch_size=10, shuffle=True)
+    method = bnn.SVI(particles=2, steps=6_000)
+    posterior = bnn.fit(regression.model, loader, method=method, seed=8)
+    scale = posterior.params["guide.log_scale"].exp()
+    assert ((scale / regression.sd - 0.6204).abs() < 0.04).all()
+    assert posterior.predict(regression.x[:3]).mean.shape == (3,)
+    with pytest.raises(bnn.DataError, match="loader"):
+        posterior.log_likelihood()
+    assert posterior.log_likelihood(regression.x, regression.y).shape == (1, 1_000, 50)
