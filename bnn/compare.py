@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bnn.arguments import check_arguments
 from bnn.calibration import interval_coverage
 from bnn.errors import ApproximationWarning, DataError
 from bnn.posterior import Posterior
@@ -71,7 +72,10 @@ def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[st
             )
         inputs, y = posterior.data.inputs, posterior.data.observations
     else:
-        inputs, y = tuple(data[:-1]), torch.as_tensor(posterior.checked(tuple(data))[-1])
+        inputs, y = (
+            tuple(data[:-1]),
+            torch.as_tensor(check_arguments(tuple(data), posterior.data)[-1]),
+        )
         extra = {}
         each = posterior.log_score(*data).double()
         score, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))

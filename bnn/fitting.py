@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnn import contract
+from bnn import arguments, contract
 from bnn.handlers import quiet_pyro, seeded
 from bnn.method import METHODS, Method, Model
 from bnn.posterior import Posterior
@@ -60,7 +60,7 @@ def fit(
         )
     root = seed_sequence(seed)
     start = time.perf_counter()
-    read, sites = contract.check(model, contract.read(model, data))
+    read, sites = contract.check(model, arguments.read(model, data))
     # Children 0 and 1: the fit, and what is computed from it later. A method spawns from its own.
     dtype = torch.get_default_dtype()
     with quiet_pyro(), seeded(root):

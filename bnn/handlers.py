@@ -52,10 +52,15 @@ class At(Messenger):
     def __init__(self, values: Mapping[str, Tensor]):
         super().__init__()
         self.values = values
+        self.missed = ""  # a latent site that has no value in the draw, and was sampled
 
     def _pyro_sample(self, message: Any) -> None:
-        if message["name"] in self.values and not message["is_observed"]:
+        if message["is_observed"] or not is_statement(message):
+            return
+        if message["name"] in self.values:
             message["value"] = self.values[message["name"]]
+        else:
+            self.missed = message["name"]
 
 
 class Score(Messenger):
@@ -114,7 +119,9 @@ class Capture(Messenger):
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] == self.observed and not self.sampling and message["value"] is None:
-            message["value"] = torch.zeros(message["fn"].shape())
+            like = next((v for v in vars(message["fn"]).values() if isinstance(v, Tensor)), None)
+            device = None if like is None else like.device
+            message["value"] = torch.zeros(message["fn"].shape(), device=device)
 
     def _pyro_post_sample(self, message: Any) -> None:
         if isinstance(message["fn"], _Subsample):

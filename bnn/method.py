@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bnn.contract import Sites
     from bnn.data import Data
     from bnn.posterior import Posterior
+    from bnn.sites import Sites
 
 Model = Callable[..., Any]
 Tensors = dict[str, Tensor]

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bnn import contract
-from bnn.contract import Sites
+from bnn import arguments, contract
 from bnn.data import Data, take
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
@@ -25,6 +24,7 @@ from bnn.handlers import (
 )
 from bnn.method import Method, Model, Tensors
 from bnn.prediction import Prediction, predict
+from bnn.sites import Sites
 
 if TYPE_CHECKING:
     import os
@@ -100,7 +100,7 @@ class Posterior:
             DataError: the inputs are not of the kind that the model was fitted to.
             ModelError: the model does not run with its observations set to None.
         """
-        made = contract.check_inputs(inputs, self.data)
+        made = arguments.check_inputs(inputs, self.data)
         values, shape = self._pooled(draws)
         root = branch(_root(seed), _PREDICT)
         with self._parameters(made):
@@ -119,7 +119,7 @@ class Posterior:
             DataError: the data are not of the kind that the model was fitted to.
             ModelError: the model does not state its rows as independent.
         """
-        args = self._training_tensors() if not data else self.checked(data)
+        args = self._training_tensors() if not data else arguments.check_arguments(data, self.data)
         axis = self.sites.row_axis
         if axis is None:
             raise ModelError(
@@ -252,28 +252,6 @@ class Posterior:
                 "The model draws its own minibatch. Pass the data it should be scored on."
             )
         return self.data.tensors
-
-    def checked(self, data: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """New rows, observations included, checked like the training rows."""
-        if len(data) != len(self.data.names):
-            raise DataError(
-                f"Got {len(data)} arguments; the model takes {len(self.data.names)} "
-                f"({', '.join(self.data.names)}), the observations last."
-            )
-        inputs = contract.check_inputs(data[:-1], self.data)
-        (y,) = contract.tensors(data[-1:], self.data.names[-1:])
-        known = self.data.observations
-        if y.shape[1:] != known.shape[1:] or y.ndim != known.ndim:
-            raise DataError(
-                f'"{self.data.names[-1]}" has shape {contract.shape_of(y)} and the fit had '
-                f"{contract.shape_of(known)}. Everything but the number of rows must be the same."
-            )
-        lengths = {len(x) for x in inputs if x.ndim} | {len(y)}
-        if len(lengths) > 1:
-            raise DataError(f"The data have different numbers of rows: {sorted(lengths)}.")
-        if known.dtype == torch.long and y.is_floating_point() and bool((y != y.round()).any()):
-            raise DataError(f'"{self.data.names[-1]}" holds labels that are not whole numbers.')
-        return (*inputs, y.to(known.dtype))
 
     @contextmanager
     def _parameters(self, inputs: tuple[Tensor, ...]) -> Iterator[None]:

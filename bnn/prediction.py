@@ -22,7 +22,7 @@ from bnn.errors import ModelError
 from bnn.handlers import At, Capture, branch, quiet_pyro, seeded, unvalidated
 
 if TYPE_CHECKING:
-    from bnn.contract import Sites
+    from bnn.sites import Sites
 
 _ROWS = 512  # rows in a block: what one forward pass and one stretch of random numbers cover
 _CELLS = 65_536  # draws x rows in a forward pass: 26 MB at 100 float32 units a row

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from bnn import contract
-from bnn.contract import Sites
+from bnn.arguments import argument_names
 from bnn.data import Data, tensors
 from bnn.errors import ModelError
 from bnn.handlers import Capture, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
+from bnn.sites import Site, Sites
 
 
 def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0) -> Prediction:
@@ -45,7 +46,7 @@ def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0
 
     check_count("prior_predictive", draws=draws)
     seed_sequence(seed)
-    made = tensors(inputs, contract.argument_names(model, len(inputs)))
+    made = tensors(inputs, argument_names(model, len(inputs)))
     sites = _statements(model, made)
     return prior_draws(model, made, sites, draws, seed)[1]
 
@@ -74,7 +75,7 @@ def _statements(model: Model, inputs: tuple[Tensor, ...]) -> Sites:
     from bnn.handlers import is_statement
 
     rows = next((len(x) for x in inputs if x.ndim), 0)
-    data = Data(inputs, contract.argument_names(model, len(inputs)), rows=rows)
+    data = Data(inputs, argument_names(model, len(inputs)), rows=rows)
     with quiet_pyro(), seeded(np.random.SeedSequence(0)), contract.told(model, data):
         trace = poutine.trace(model).get_trace(*inputs, None)
     found = [
@@ -88,7 +89,7 @@ def _statements(model: Model, inputs: tuple[Tensor, ...]) -> Sites:
     frames = [f for f in last["cond_indep_stack"] if rows in (f.size, f.full_size)]
     plate = frames[0].name if frames else None
     latent = {
-        name: contract.Site(
+        name: Site(
             tuple(node["value"].shape),
             node["fn"].support,
             any(f.name == plate for f in node["cond_indep_stack"]),

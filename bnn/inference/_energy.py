@@ -20,11 +20,11 @@ from torch.distributions import Transform, biject_to
 from torch.func import grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bnn.contract import Sites
 from bnn.data import Data
 from bnn.errors import FitError, ModelError
 from bnn.handlers import At, Capture, Score, branch, seeded
 from bnn.method import Model, Tensors
+from bnn.sites import Sites
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,13 @@ class Energy:
             jacobian: False leaves out log |det dT/dz|, for modes in the model's own space.
             elsewhere: see `bnn.handlers.Score`.
         """
-        with Score(self.sites.plate, self.data.rows, elsewhere) as score, At(self.values(z)):
+        with Score(self.sites.plate, self.data.rows, elsewhere) as score, At(self.values(z)) as at:
             self.model(*args)
+        if at.missed:
+            raise ModelError(
+                f'The latent site "{at.missed}" appeared in the fit and not before: the model '
+                "branches on a value. Every run must pass the same sites."
+            )
         prior = torch.as_tensor(score.prior, dtype=z.dtype)
         if jacobian:
             prior = prior + self.log_jacobian(z)

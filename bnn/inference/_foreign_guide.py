@@ -12,7 +12,6 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
 from pyro.poutine.messenger import Messenger
 
-from bnn.contract import Sites, require_continuous
 from bnn.data import Data
 from bnn.errors import ModelError
 from bnn.handlers import (
@@ -26,6 +25,7 @@ from bnn.handlers import (
 from bnn.inference._optimise import maximise
 from bnn.method import Model
 from bnn.posterior import Posterior
+from bnn.sites import Sites, require_continuous
 
 if TYPE_CHECKING:
     from bnn.inference.svi import SVI

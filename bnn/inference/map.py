@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bnn.contract import Sites, require_continuous
 from bnn.data import Data
 from bnn.errors import ModelError
 from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
@@ -23,6 +22,7 @@ from bnn.inference._energy import Energy
 from bnn.inference._optimise import Optimised, maximise
 from bnn.method import Model, check_count
 from bnn.posterior import Posterior
+from bnn.sites import Sites, require_continuous
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnn.contract import Sites, require_all_rows, require_continuous, require_no_parameters
 from bnn.data import Data
 from bnn.diagnostics import warn_of_sampling
 from bnn.handlers import branch
@@ -26,6 +25,7 @@ from bnn.inference._nuts import STATS, Chain, sample
 from bnn.inference._progress import bar
 from bnn.method import Method, Model, check_count
 from bnn.posterior import Posterior
+from bnn.sites import Sites, require_all_rows, require_continuous, require_no_parameters
 
 _LANES = 4  # chains in one call of the gradient
 

@@ -12,6 +12,7 @@ from pyro.infer.autoguide import (
 )
 
 import bnn
+from bnn import arguments, contract
 from tests.exact import check_regression_by_mean_field
 
 
@@ -93,12 +94,12 @@ def test_a_guide_that_misses_a_site_is_refused(regression):
 
 def test_analytic_kl_has_less_noise_than_sampling(regression):
     """At q = prior the KL is 0 exactly: the objective is the expected log likelihood alone."""
+    from bnn.inference._elbo import Bound
     from bnn.inference._energy import Energy
     from bnn.inference._guide import Normal
-    from bnn.inference.svi import Bound
 
-    data, sites = bnn.contract.check(
-        regression.model, bnn.contract.read(regression.model, (regression.x, regression.y))
+    data, sites = contract.check(
+        regression.model, arguments.read(regression.model, (regression.x, regression.y))
     )
     energy = Energy(regression.model, data, sites)
     family = Normal(torch.zeros(2), torch.ones(2))
@@ -120,11 +121,11 @@ def test_priors_with_latent_scale_are_exact_under_mean_field_only():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
 
+    from bnn.inference._elbo import _normal_priors
     from bnn.inference._energy import Energy
-    from bnn.inference.svi import _normal_priors
 
     x = torch.ones(4)
-    data, sites = bnn.contract.check(model, bnn.contract.read(model, (x, x)))
+    data, sites = contract.check(model, arguments.read(model, (x, x)))
     energy = Energy(model, data, sites)
     assert _normal_priors(energy, independent=True) == {"w"}
     assert _normal_priors(energy, independent=False) == set()

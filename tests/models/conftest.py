@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-from bnn import contract
+from bnn import arguments, contract
 from bnn.inference._energy import Energy
 
 
@@ -19,7 +19,7 @@ def _fixed_seed():
 def vmapped_gradient():
     def check(model, *data, lanes=3):
         """vmap(grad(log joint)) is finite and equals a loop over the lanes."""
-        read, found = contract.check(model, contract.read(model, data))
+        read, found = contract.check(model, arguments.read(model, data))
         with pyro.validation_enabled(False):
             energy = Energy(model, read, found)
 

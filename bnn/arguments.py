@@ -1,0 +1,161 @@
+"""Arguments: what the user passes, against what the model takes and what it was fitted to."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bnn.data import Data, column_names, like, shape_of, tensors
+from bnn.errors import DataError, ModelError
+from bnn.handlers import seeded
+from bnn.method import Model
+
+
+def argument_names(model: Model, count: int) -> tuple[str, ...]:
+    """The model's positional argument names, as far as it tells them."""
+    names = _signature(model)[:count]
+    return tuple(names + [f"argument {i}" for i in range(len(names), count)])
+
+
+def _signature(model: Model) -> list[str]:
+    try:
+        call: Any = model.forward if isinstance(model, torch.nn.Module) else model
+        kinds = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def call_of(model: Model, data: Data) -> str:
+    """What to say where the model has another number of arguments than were given."""
+    names = _signature(model)
+    if not names or len(names) == len(data.names):
+        return ""
+    return (
+        f"The model takes {', '.join(names)}, and {len(data.names)} were given: call "
+        f"fit(model, {', '.join(names)})."
+    )
+
+
+def read(model: Model, args: tuple[Any, ...]) -> Data:
+    """The user's arrays as `Data`: numeric, finite, and one length.
+
+    Raises:
+        ModelError: the model is not a callable that takes this many arguments.
+        DataError: see `bnn.data.tensors`; or no rows, or lengths that differ.
+    """
+    if not callable(model):
+        raise ModelError(
+            f"The model is a {type(model).__name__}, not a callable. "
+            "Pass a Pyro model function model(*inputs, y=None)."
+        )
+    if not args:
+        raise DataError("fit got no data. Call fit(model, *inputs, y).")
+    loader = args[0] if len(args) == 1 and isinstance(args[0], DataLoader) else None
+    if loader is not None:
+        args = _first_batch(loader)
+    names = argument_names(model, len(args))
+    made = tensors(args, names)
+    if made[-1].ndim == 0:
+        raise DataError(
+            f'The observations "{names[-1]}" are a single number. Pass one for each row, (row,).'
+        )
+    lengths = {name: len(arg) for name, arg in zip(names, made, strict=True) if arg.ndim}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f'"{name}" has {n}' for name, n in lengths.items())
+        raise DataError(
+            f"The data have different numbers of rows: {found}. Give every argument the same "
+            "rows; what does not belong to a row (a matrix, a constant) the model closes over."
+        )
+    rows = len(made[-1])
+    if rows == 0:
+        raise DataError(f'"{names[-1]}" has no rows. A fit needs at least one.')
+    if loader is not None:
+        rows = len(loader.dataset)  # type: ignore[arg-type]
+    columns = {n: column_names(a) for n, a in zip(names, args, strict=True) if column_names(a)}
+    return Data(made, names, columns, rows, loader)
+
+
+def _first_batch(loader: DataLoader) -> tuple[Any, ...]:
+    if not hasattr(loader.dataset, "__len__"):
+        raise DataError(
+            f"The DataLoader's {type(loader.dataset).__name__} does not tell its number of rows, "
+            "by which a minibatch is scaled. Give the dataset a __len__."
+        )
+    with seeded(np.random.SeedSequence(0)):  # a shuffling loader draws from the caller's generator
+        batch = next(iter(loader), None)
+    if not isinstance(batch, (tuple, list)):
+        raise DataError(
+            f"The DataLoader yields {'nothing' if batch is None else type(batch).__name__}, not "
+            "tuples of the model's arguments. Wrap the data: TensorDataset(x, y)."
+        )
+    return tuple(batch)
+
+
+def check_inputs(inputs: tuple[Any, ...], data: Data) -> tuple[Tensor, ...]:
+    """The inputs of a prediction as tensors, with the training data's columns and dtypes.
+
+    Raises:
+        DataError: another number of inputs, other columns, other trailing axes, or bad values.
+    """
+    names, trained = data.names[:-1], data.inputs
+    if len(inputs) != len(trained):
+        raise DataError(
+            f"predict got {len(inputs)} inputs and the model was fitted with {len(trained)} "
+            f"({', '.join(names) or 'none'}). Pass the inputs without the observations."
+        )
+    for arg, name in zip(inputs, names, strict=True):
+        known, new = data.columns.get(name, []), column_names(arg)
+        if known and new and known != new:
+            lost = [c for c in known if c not in new]
+            extra = [c for c in new if c not in known]
+            what = f"without {lost}, with unknown {extra}" if lost or extra else "in another order"
+            raise DataError(
+                f'The columns of "{name}" are {new}, {what}; the fit had {known}. '
+                f"Pass {name}[{known}]."
+            )
+    made = tensors(inputs, names)
+    for new, old, name in zip(made, trained, names, strict=True):
+        if new.ndim != old.ndim or new.shape[1:] != old.shape[1:]:
+            raise DataError(
+                f'"{name}" has shape {shape_of(new)} and the fit had {shape_of(old)}. '
+                "Everything but the number of rows must be the same."
+            )
+    lengths = {n: len(a) for n, a in zip(names, made, strict=True) if a.ndim}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"The inputs have different numbers of rows: {lengths}.")
+    return like(made, trained)
+
+
+def check_arguments(args: tuple[Any, ...], data: Data) -> tuple[Tensor, ...]:
+    """New rows with their observations, of the kind that the model was fitted to.
+
+    Raises:
+        DataError: see `check_inputs`; or observations of another shape, or with other rows.
+    """
+    name, known = data.names[-1], data.observations
+    if len(args) != len(data.names):
+        raise DataError(
+            f"Got {len(args)} arguments; the model takes {len(data.names)} "
+            f"({', '.join(data.names)}). Pass all of them, the observations last."
+        )
+    inputs = check_inputs(args[:-1], data)
+    (y,) = tensors(args[-1:], data.names[-1:])
+    if y.shape[1:] != known.shape[1:] or y.ndim != known.ndim:
+        raise DataError(
+            f'"{name}" has shape {shape_of(y)} and the fit had {shape_of(known)}. '
+            "Everything but the number of rows must be the same."
+        )
+    lengths = {n: len(x) for n, x in zip(data.names, (*inputs, y), strict=True) if x.ndim}
+    if len(set(lengths.values())) > 1:
+        raise DataError(
+            f"The data have different numbers of rows: {lengths}. Give all the same rows."
+        )
+    if not known.is_floating_point() and y.is_floating_point() and bool((y != y.round()).any()):
+        raise DataError(
+            f'"{name}" holds labels that are not whole numbers. Encode them as in the fit.'
+        )
+    return (*inputs, y.to(known.dtype))

@@ -1,0 +1,106 @@
+"""Sites: what the contract check finds in a model, and what a method may ask of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bnn.data import Data
+from bnn.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A latent sample statement: its shape, the support of its distribution, where it stands."""
+
+    shape: tuple[int, ...]
+    support: Any
+    local: bool
+
+    @property
+    def discrete(self) -> bool:
+        """True where the site takes isolated values."""
+        return bool(self.support.is_discrete)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What the contract check found in a model.
+
+    Attributes:
+        latent: latent sites by name, in the model's order.
+        observed: name of the site that receives the observations.
+        plate: name of the data plate, or None where the model states none.
+        row_axis: axis of the observed site's log density, counted from the left, that is the row;
+            None where the rows are not independent statements.
+        rows: number of rows.
+        subsampled: True if the model's own plate draws a minibatch.
+        params: names of trainable tensors without a prior.
+        seams: deterministic sites by name.
+        predicts: True if the model runs with its observations set to None.
+    """
+
+    latent: dict[str, Site]
+    observed: str
+    plate: str | None
+    row_axis: int | None
+    rows: int
+    subsampled: bool
+    params: tuple[str, ...]
+    seams: dict[str, Site]
+    predicts: bool
+    names: tuple[str, ...] = field(default=())
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        """Latent sites outside the data plate: the ones whose draws carry over to new rows."""
+        return tuple(name for name, site in self.latent.items() if not site.local)
+
+    @property
+    def locals(self) -> tuple[str, ...]:
+        """Latent sites inside the data plate: they belong to a row."""
+        return tuple(name for name, site in self.latent.items() if site.local)
+
+
+def require_continuous(sites: Sites, method: str) -> None:
+    """Refuses discrete latent sites, for the methods that need a gradient in every site.
+
+    Raises:
+        ModelError: names the site.
+    """
+    for name, site in sites.latent.items():
+        if site.discrete:
+            raise ModelError(
+                f'{method} needs continuous latent sites, and "{name}" is discrete '
+                f"({site.support}). Sum it out by hand, for example with a mixture distribution."
+            )
+
+
+def require_all_rows(data: Data, sites: Sites, method: str) -> None:
+    """Refuses minibatches, for the methods that need the log density of all rows.
+
+    Raises:
+        DataError: the data are a loader.
+        ModelError: the model's own plate draws a minibatch.
+    """
+    if data.loader is not None:
+        raise DataError(
+            f"{method} needs all rows at once. Pass tensors in place of the DataLoader."
+        )
+    if sites.subsampled:
+        raise ModelError(
+            f'{method} needs all rows at once, and the plate "{sites.plate}" draws a minibatch. '
+            "Remove subsample_size, or use a method that minibatches, such as bnn.SVI()."
+        )
+
+
+def require_no_parameters(sites: Sites, method: str) -> None:
+    """Refuses trainable tensors without a prior, for the methods that cannot optimise them.
+
+    Raises:
+        ModelError: names them.
+    """
+    if sites.params:
+        raise ModelError(
+            f"{method} draws from a posterior, and these have no prior to be drawn from: "
+            f"{', '.join(sites.params[:3])}. Give each a prior (bnn.models.sample_weights, "
+            "PyroSample), or use a method that optimises them, such as bnn.SVI()."
+        )
