@@ -15,7 +15,7 @@ from bnn.method import Method
 from bnn.posterior import Posterior
 
 METHODS: dict[str, Method] = {
-    "svi": bnn.SVI(particles=8, draws=1_000),
+    "svi": bnn.SVI(particles=4, learning_rate=0.03),
     "nuts": bnn.NUTS(chains=4, warmup=300, draws=250),
     "map": bnn.MAP(),
 }

@@ -9,11 +9,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from bnn import contract
 from bnn.data import Data
-from bnn.errors import CheckpointError
+from bnn.errors import CheckpointError, DataError, ModelError
+from bnn.handlers import parameters, quiet_pyro, seeded
 from bnn.method import METHODS, Method, Model
 
 if TYPE_CHECKING:
@@ -51,17 +53,15 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     manifest = json.dumps(_manifest(posterior), sort_keys=True)
     metadata = {"bnn": manifest, "sha256": _digest(manifest, tensors)}
     target = Path(path)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
         try:
-            save_file(tensors, name, metadata)
-            with open(name, "rb") as written:
+            save_file(tensors, partial, metadata)
+            with open(partial, "r+b") as written:
                 os.fsync(written.fileno())
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot write {target}: {error}. Is there room, and a folder?"
@@ -77,37 +77,33 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
 
     Raises:
         CheckpointError: not such a file, damaged, of a newer schema, or of another model.
-        ModelError: the model does not pass the contract check on the stored data.
     """
     from bnn.posterior import Posterior
 
-    manifest, tensors = _read(Path(path))
+    path = Path(path)
+    manifest, tensors = _read(path)
 
     def group(name: str) -> dict[str, Tensor]:
         return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
 
-    stored = group("data") or group("batch")
-    args = tuple(stored[str(i)] for i in range(len(stored)))
-    loader = None if group("data") else torch.utils.data.DataLoader([])  # type: ignore[arg-type]
-    data = Data(args, tuple(manifest["names"]), manifest["columns"], manifest["rows"], loader)
-    data, sites = contract.check(model, data)
-    draws = group("draws")
-    shapes = {k: tuple(v.shape[2:]) for k, v in draws.items()}
-    wanted = {k: v.shape for k, v in sites.latent.items() if k in draws or not v.local}
-    if shapes != wanted:
-        differ = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
-        told = "; ".join(
-            f'"{k}" is {shapes.get(k, "absent")} in the file and {wanted.get(k, "absent")} in the model'
-            for k in differ[:5]
-        )
-        raise CheckpointError(f"{path} holds the posterior of another model: {told}.")
+    draws, params = group("draws"), group("params")
+    data = _data(manifest, group("data"), group("batch"), path)
+    try:
+        data, sites = contract.check(model, data)
+    except (ModelError, DataError) as error:
+        raise CheckpointError(
+            f"The model does not run on the data stored in {path}: {error} Pass the model that was "
+            "fitted."
+        ) from error
+    _check_draws(draws, group("stats"), tensors.get("history"), path)
+    _check_same_model(model, data, sites, draws, params, path)
     return Posterior(
         model=model,
-        method=_method(manifest["method"]),
+        method=_method(manifest["method"], path),
         data=data,
         sites=sites,
         draws={name: draws[name] for name in sites.latent if name in draws},
-        params=group("params"),
+        params=params,
         stats=group("stats"),
         history=tensors.get("history"),
         elbo=manifest["elbo"],
@@ -115,6 +111,75 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
         seed=manifest["seed"],
         seconds=manifest["seconds"],
     )
+
+
+def _data(
+    manifest: dict[str, Any], kept: dict[str, Tensor], batch: dict[str, Tensor], path: Path
+) -> Data:
+    """The training data; of a loader its first batch and its number of rows."""
+    stored, names, columns = kept or batch, manifest["names"], manifest["columns"]
+    args = tuple(stored[str(i)] for i in range(len(names)) if str(i) in stored)
+    rows = len(args[-1]) if args and args[-1].ndim else 0
+    right = (
+        len(args) == len(names) == len(stored)
+        and not (kept and batch)
+        and 1 <= rows <= manifest["rows"]
+        and (rows == manifest["rows"] or not kept)
+        and all(len(a) == rows for a in args if a.ndim)
+        and columns.keys() <= set(names)
+        and all(args[names.index(k)].shape[1:] == (len(v),) for k, v in columns.items())
+    )
+    if not right:
+        raise CheckpointError(f"{path} contradicts itself: its data are not those it lists.")
+    loader = None if kept else torch.utils.data.DataLoader([])  # type: ignore[arg-type]
+    return Data(args, tuple(names), columns, manifest["rows"], loader)
+
+
+def _check_draws(
+    draws: dict[str, Tensor], stats: dict[str, Tensor], history: Tensor | None, path: Path
+) -> None:
+    shapes = {tuple(v.shape[:2]) for v in (draws | stats).values()}
+    right = (
+        len(shapes) <= 1
+        and all(len(shape) == 2 and 0 not in shape for shape in shapes)
+        and all(v.ndim == 2 for v in stats.values())
+        and (history is None or history.ndim == 1)
+    )
+    if not right:
+        raise CheckpointError(
+            f"{path} contradicts itself: its draws have (chain, draw) {sorted(shapes)}."
+        )
+
+
+def _check_same_model(
+    model: Model,
+    data: Data,
+    sites: Any,
+    draws: dict[str, Tensor],
+    params: dict[str, Tensor],
+    path: Path,
+) -> None:
+    shapes = {k: tuple(v.shape[2:]) for k, v in draws.items()}
+    wanted = {k: v.shape for k, v in sites.latent.items() if k in draws or not v.local}
+    absent = {k: "absent" for k in sites.params if k not in params}
+    if shapes != wanted or absent:
+        differ = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
+        told = "; ".join(
+            f'"{k}" is {shapes.get(k, "absent")} in the file and '
+            f"{wanted.get(k, 'trainable' if k in absent else 'absent')} in the model"
+            for k in [*differ, *absent][:5]
+        )
+        raise CheckpointError(f"{path} holds the posterior of another model: {told}.")
+    if not sites.params:
+        return
+    try:
+        with quiet_pyro(), seeded(np.random.SeedSequence(0)):
+            with parameters(model, data.tensors, params):
+                pass
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} holds trainable tensors of other shapes than the model's: {error}"
+        ) from error
 
 
 def _manifest(posterior: "Posterior") -> dict[str, Any]:
@@ -131,15 +196,43 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
         "names": list(posterior.data.names),
         "columns": posterior.data.columns,
         "rows": posterior.data.rows,
-        "elbo": posterior.elbo,
-        "log_evidence": posterior.log_evidence,
-        "seed": posterior.seed,
-        "seconds": posterior.seconds,
+        "elbo": _plain(posterior.elbo),
+        "log_evidence": _plain(posterior.log_evidence),
+        "seed": _plain(posterior.seed),
+        "seconds": _plain(posterior.seconds),
     }
 
 
+def _check_manifest(manifest: Any) -> None:
+    """Refuses, by a ValueError, a manifest whose fields are not of the kinds that `_manifest` writes."""
+    texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64
+    kinds = {
+        "names": texts,
+        "columns": lambda v: isinstance(v, dict) and all(texts(c) for c in v.values()),
+        "rows": whole,
+        "elbo": lambda v: v is None or number(v),
+        "log_evidence": lambda v: v is None or number(v),
+        "seed": whole,
+        "seconds": number,
+        "method": lambda v: (
+            isinstance(v, dict)
+            and isinstance(v.get("name"), str)
+            and isinstance(v.get("settings"), dict)
+        ),
+    }
+    for name, right in kinds.items():
+        if name not in manifest:
+            raise ValueError(f'it has no "{name}"')
+        if not right(manifest[name]):
+            raise ValueError(f'its "{name}" is {str(manifest[name])[:60]}')
+
+
 def _plain(value: Any) -> Any:
-    """A setting as JSON; code, which is never stored, by its name."""
+    """A value as JSON; code, which is never stored, by its name."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -148,24 +241,29 @@ def _plain(value: Any) -> Any:
     return {"code": f"{module}.{name}" if name else repr(value)}
 
 
-def _method(stored: dict[str, Any]) -> Method:
+def _method(stored: dict[str, Any], path: Path) -> Method:
     kind = METHODS.get(stored["name"])
     if kind is None:
         raise CheckpointError(
-            f"The file was written by the method {stored['name']!r}, unknown here. "
+            f"{path} was written by the method {stored['name']!r}, unknown here. "
             f"Known are {', '.join(sorted(METHODS))}; import the module that defines it."
         )
     settings, lost = {}, []
     known = {f.name for f in dataclasses.fields(kind)}
     for name, value in stored["settings"].items():
+        if name not in known:
+            raise CheckpointError(f"{path} has a setting {name!r}, which {kind.__name__} has not.")
         if isinstance(value, dict):
-            guide = _autoguide(value.get("code", ""))
+            guide = _autoguide(value.get("code"))
             if guide is None:
                 lost.append(f"{name} ({value.get('code')})")
                 continue
             value = guide
-        if name in known:
-            settings[name] = tuple(value) if isinstance(value, list) else value
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        method = kind(**settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} has settings that are none: {error}") from error
     if lost:
         warnings.warn(
             f"Settings that are code are not stored, and have their defaults here: "
@@ -173,15 +271,16 @@ def _method(stored: dict[str, Any]) -> Method:
             UserWarning,
             stacklevel=3,
         )
-    return kind(**settings)
+    return method
 
 
-def _autoguide(name: str) -> Any:
+def _autoguide(name: Any) -> Any:
     """One of Pyro's own autoguides by name; no other name is looked up."""
     from pyro.infer import autoguide
 
-    last = name.rsplit(".", 1)[-1]
-    found = getattr(autoguide, last, None) if name.startswith(_AUTOGUIDE) else None
+    if not isinstance(name, str) or not name.startswith(_AUTOGUIDE):
+        return None
+    found = vars(autoguide).get(name.rsplit(".", 1)[-1])
     return found if isinstance(found, type) and issubclass(found, autoguide.AutoGuide) else None
 
 
@@ -191,7 +290,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            # copies: a view of the file would change, or crash, with the file
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file, or is damaged: {error}."
@@ -202,11 +302,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is damaged: its contents do not match their SHA-256.")
     try:
         manifest = json.loads(metadata["bnn"])
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has no readable manifest: {error}.") from error
-    if schema != _SCHEMA:
-        raise CheckpointError(f"{path} has schema {schema}; this version reads {_SCHEMA}.")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+            raise ValueError("it has no schema")
+        if manifest["schema"] != _SCHEMA:
+            raise CheckpointError(
+                f"{path} has schema {manifest['schema']} and this version reads {_SCHEMA}. "
+                "Install the bnn that wrote it, or a newer one."
+            )
+        _check_manifest(manifest)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has no manifest that can be read: {error}.") from error
     return manifest, tensors
 
 

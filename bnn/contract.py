@@ -17,7 +17,6 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from bnn.arguments import call_of
 from bnn.data import Data, shape_of
@@ -31,7 +30,7 @@ from bnn.observations import (
     same_for_every_row,
     warn_of_one_class,
 )
-from bnn.sites import Site, Sites
+from bnn.sites import Site, Sites, to_support
 
 _FAR = 1e4  # observations this many times beyond what the prior can produce: a unit was forgotten
 
@@ -67,14 +66,7 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
         whole = data.observations if subsampled else site["value"]
         check_support(site["fn"], whole, data.names[-1], observed)
         warn_of_one_class(site["fn"], data)
-        latent = {
-            name: Site(
-                tuple(node["value"].shape),
-                node["fn"].support,
-                any(f.name == plate for f in node["cond_indep_stack"]),
-            )
-            for name, node in _latent(trace).items()
-        }
+        latent = {name: _site(node, plate) for name, node in _latent(trace).items()}
         sites = Sites(
             latent=latent,
             observed=observed,
@@ -98,6 +90,29 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             )
         _check_trace(model, data, sites)
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
+
+
+def check_prior(model: Model, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> Sites:
+    """The sites of a model without observations: the last one stated is what it would observe.
+
+    Raises:
+        ModelError: the model raises without observations, or states no site.
+    """
+    rows = next((len(x) for x in inputs if x.ndim), 0)
+    data = Data(inputs, names, rows=rows)
+    with quiet_pyro(), seeded(np.random.SeedSequence(0)):
+        *latent, (observed, last) = _latent(_run(model, data, (*inputs, None))).items() or [
+            ("", None)
+        ]
+    if last is None:
+        raise ModelError(
+            f"{_name(model)} states no site when its observations are None. "
+            "Keep pyro.sample outside of any `if y is not None`."
+        )
+    frames = [f for f in last["cond_indep_stack"] if rows in (f.size, f.full_size)]
+    plate = frames[0].name if frames else None
+    found = {name: _site(node, plate) for name, node in latent}
+    return Sites(found, observed, plate, 0, rows, False, (), {}, True, names)
 
 
 def check_rows(
@@ -217,11 +232,15 @@ def _observed_site(trace: Any, data: Data, call: str) -> str:
     return same[0]
 
 
+def _site(node: Any, plate: str | None) -> Site:
+    inside = any(frame.name == plate for frame in node["cond_indep_stack"])
+    return Site(tuple(node["value"].shape), node["fn"].support, inside)
+
+
 def _seam(node: Any, plate: str | None, data: Data) -> Site:
     """A deterministic site; local too where it has a row axis (a net run before the plate)."""
-    shape = tuple(node["value"].shape)
-    inside = any(f.name == plate for f in node["cond_indep_stack"])
-    return Site(shape, node["fn"].support, inside or shape[:1] == (len(data.observations),))
+    site = _site(node, plate)
+    return replace(site, local=site.local or site.shape[:1] == (len(data.observations),))
 
 
 def _data_plate(site: Any, data: Data) -> tuple[str | None, Any]:
@@ -267,8 +286,8 @@ def _at_mirror(model: Model, data: Data, drawn: dict[str, Any]) -> dict[str, Any
     try:
         for name, node in drawn.items():
             if not node["fn"].support.is_discrete:
-                to_support = biject_to(node["fn"].support)
-                values[name] = to_support(-to_support.inv(node["value"].detach()))
+                reach = to_support(node["fn"].support)
+                values[name] = reach(-reach.inv(node["value"].detach()))
         with At(values):
             return _latent(poutine.trace(model).get_trace(*data.tensors))
     except Exception:  # -z may be further out than any draw, and the model need not bear that
@@ -328,7 +347,7 @@ def _moves(name: str, site: Site, after: Any) -> bool:
     if type(before) is not type(after):
         return True
     try:
-        first, second = biject_to(before), biject_to(after)
+        first, second = to_support(before), to_support(after)
         point = torch.zeros(tuple(first.inverse_shape(torch.Size(site.shape)))) + 0.3
         return not torch.equal(first(point), second(point))
     except NotImplementedError as error:

@@ -66,8 +66,9 @@ def from_groups(
     attributes: Mapping[str, Any],
 ) -> Any:
     """Named arrays as an ArviZ object of whichever major is installed."""
-    import arviz as az
+    import arviz
 
+    az: Any = arviz  # the two majors differ in their signatures
     arrays = {
         group: {name: _array(value) for name, value in variables.items()}
         for group, variables in groups.items()

@@ -1,5 +1,6 @@
 """The verb: `fit` checks the model, seeds the generators and lets the method work."""
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from bnn import arguments, contract
-from bnn.handlers import quiet_pyro, seeded
+from bnn.handlers import quiet_pyro, seeded, threads
 from bnn.method import METHODS, Method, Model
 from bnn.posterior import Posterior
 
@@ -61,9 +62,9 @@ def fit(
     root = seed_sequence(seed)
     start = time.perf_counter()
     read, sites = contract.check(model, arguments.read(model, data))
-    # Children 0 and 1: the fit, and what is computed from it later. A method spawns from its own.
     dtype = torch.get_default_dtype()
-    with quiet_pyro(), seeded(root):
+    weights = sum(math.prod(site.shape) for site in sites.latent.values())
+    with quiet_pyro(), seeded(root), threads(len(read.observations) * weights):
         try:
             posterior = method.fit(model, read, sites, seed=root, progress=progress)
         finally:

@@ -170,6 +170,28 @@ def seeded(seed: np.random.SeedSequence) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+_SMALL = 2_000_000  # multiplications: below, waking a second thread costs more than it saves
+
+
+@contextmanager
+def threads(work: int) -> Iterator[None]:
+    """One torch thread for small work; the caller's number of threads afterwards.
+
+    On a busy machine two threads that wait for each other at every small operation are tens of
+    times slower than one.
+
+    Args:
+        work: multiplications in one pass of the model, about rows x weights.
+    """
+    before = torch.get_num_threads()
+    try:
+        if work < _SMALL:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextmanager
 def parameters(
     model: Callable[..., Any], args: tuple[Any, ...], values: Mapping[str, Tensor] | None = None
@@ -185,7 +207,7 @@ def parameters(
         The unconstrained leaf tensors by name, free to be optimised in place. On exit every
         tensor that belongs to the caller holds what it held before.
     """
-    store = pyro.get_param_store()
+    store, given = pyro.get_param_store(), values or {}
     with store.scope():
         with poutine.block():
             model(*args)
@@ -194,8 +216,9 @@ def parameters(
         constraints = store.get_state()["constraints"]
         try:
             with torch.no_grad():
-                for name in leaves.keys() & (values or {}).keys():
-                    leaves[name].copy_(transform_to(constraints[name]).inv(values[name]))
+                for name in leaves.keys() & given.keys():
+                    free: Any = transform_to(constraints[name]).inv(given[name])
+                    leaves[name].copy_(free)
             yield leaves
         finally:
             with torch.no_grad():

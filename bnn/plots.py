@@ -112,7 +112,7 @@ def coverage(
     ax.plot([0, 1], [0, 1], color=IDEAL, lw=1, ls="--", label="calibrated")
     for i, (name, prediction) in enumerate(named.items()):
         share: Tensor = interval_coverage(prediction.y, observed, levels)
-        look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
         ax.plot(levels, share, lw=1.5, ms=4, label=name or "observed", **look)
     ax.set(
         xlabel="level of the interval (probability)",
@@ -162,7 +162,7 @@ def reliability(
         error = torch.stack(
             [(right[cut].mean() * (1 - right[cut].mean()) / len(cut)).sqrt() for cut in cuts]
         )
-        look = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
         ax.errorbar(x, share, error, lw=1.5, ms=5, capsize=2, label=name or "observed", **look)
     ax.set(
         xlabel="stated probability of the predicted label",

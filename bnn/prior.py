@@ -8,12 +8,11 @@ from torch import Tensor
 
 from bnn import contract
 from bnn.arguments import argument_names
-from bnn.data import Data, tensors
-from bnn.errors import ModelError
+from bnn.data import tensors
 from bnn.handlers import Capture, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
-from bnn.sites import Site, Sites
+from bnn.sites import Sites
 
 
 def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0) -> Prediction:
@@ -46,8 +45,9 @@ def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0
 
     check_count("prior_predictive", draws=draws)
     seed_sequence(seed)
-    made = tensors(inputs, argument_names(model, len(inputs)))
-    sites = _statements(model, made)
+    names = argument_names(model, len(inputs))
+    made = tensors(inputs, names)
+    sites = contract.check_prior(model, made, names)
     return prior_draws(model, made, sites, draws, seed)[1]
 
 
@@ -66,34 +66,3 @@ def prior_draws(
     outside = {k: v for k, v in latent.items() if k in sites.globals}
     prediction = predict(model, outside, inputs, sites, branch(root, 1), (1, draws))
     return {k: v[None] for k, v in latent.items()}, prediction
-
-
-def _statements(model: Model, inputs: tuple[Tensor, ...]) -> Sites:
-    """The sites of a model that has no observations yet: its last statement is the observed one."""
-    from pyro import poutine
-
-    from bnn.handlers import is_statement
-
-    rows = next((len(x) for x in inputs if x.ndim), 0)
-    data = Data(inputs, argument_names(model, len(inputs)), rows=rows)
-    with quiet_pyro(), seeded(np.random.SeedSequence(0)), contract.told(model, data):
-        trace = poutine.trace(model).get_trace(*inputs, None)
-    found = [
-        (name, node)
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and is_statement(node) and not node["is_observed"]
-    ]
-    if not found:
-        raise ModelError("The model states no site when its observations are None.")
-    observed, last = found[-1]
-    frames = [f for f in last["cond_indep_stack"] if rows in (f.size, f.full_size)]
-    plate = frames[0].name if frames else None
-    latent = {
-        name: Site(
-            tuple(node["value"].shape),
-            node["fn"].support,
-            any(f.name == plate for f in node["cond_indep_stack"]),
-        )
-        for name, node in found[:-1]
-    }
-    return Sites(latent, observed, plate, 0, rows, False, (), {}, True, data.names)

@@ -3,8 +3,22 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
+
 from bnn.data import Data
 from bnn.errors import DataError, ModelError
+
+
+def to_support(support: Any) -> Any:
+    """The transform from the real line, or from a real vector, to a support.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    while isinstance(support, MixtureSameFamilyConstraint):  # as that of its components
+        support = support.base_constraint
+    return biject_to(support)
 
 
 @dataclass(frozen=True)

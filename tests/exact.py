@@ -148,3 +148,20 @@ def check_predictive_noise() -> None:
     # 4,000 nearly independent draws: relative error of a variance sqrt(2 / 4000) = .022
     assert torch.allclose(prediction.y.flatten(0, 1).var(0), variance, rtol=0.1)
     assert torch.allclose(prediction.total, variance, rtol=0.02)
+
+
+def check_expected_prior() -> None:
+    """E_q[log N(w | 0, 1)] = -log(2 pi)/2 - (loc^2 + scale^2)/2 for each weight."""
+    from bnn.inference._elbo import _Expected
+
+    loc, scale = torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0])
+    got = _Expected(loc, scale**2)(dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    expected = -math.log(2 * math.pi) - 0.5 * float((loc**2 + scale**2).sum())
+    assert math.isclose(float(got), expected, rel_tol=1e-6)
+
+
+def check_chains_differ() -> None:
+    exact = Regression.make()
+    method = nuts(warmup=50, draws=20)
+    first = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1).draws["w"][:, 0]
+    assert len({tuple(draw.tolist()) for draw in first}) == 4

@@ -88,7 +88,7 @@ def _normal_priors(energy: Energy, independent: bool) -> set[str]:
     runs = []
     for number in range(2):
         with seeded(np.random.SeedSequence(number)), torch.no_grad():
-            trace = poutine.trace(energy.model).get_trace(*energy.data.tensors)
+            trace: Any = poutine.trace(energy.model).get_trace(*energy.data.tensors)
         runs.append({s.name: _normal(trace.nodes[s.name]["fn"]) for s in energy.slots})
     first, second = runs
     return {

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Transform, biject_to
 from torch.func import grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,7 +23,7 @@ from bnn.data import Data
 from bnn.errors import FitError, ModelError
 from bnn.handlers import At, Capture, Score, branch, seeded
 from bnn.method import Model, Tensors
-from bnn.sites import Sites
+from bnn.sites import Sites, to_support
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Slot:
     start: int
     size: int
     free: tuple[int, ...]  # shape before the transform
-    transform: Transform
+    transform: Any  # torch's Transform
 
     @property
     def span(self) -> slice:
@@ -51,7 +50,7 @@ class Energy:
         self.slots: list[Slot] = []
         start = 0
         for name, site in sites.latent.items():
-            transform = biject_to(site.support)
+            transform = to_support(site.support)
             free = tuple(transform.inverse_shape(torch.Size(site.shape)))
             size = int(np.prod(free, dtype=int))
             self.slots.append(Slot(name, start, size, free, transform))
@@ -217,10 +216,9 @@ class Gradient:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch announces the end of torch.jit in 3.0
                 with torch.no_grad():
-                    graph = make_fx(self._batched)(points[0])
-                    traced = torch.jit.freeze(
-                        torch.jit.trace(graph, points[0], check_trace=False).eval()
-                    )
+                    graph: Any = make_fx(self._batched)(points[0])
+                    whole: Any = torch.jit.trace(graph, points[0], check_trace=False)
+                    traced = torch.jit.freeze(whole.eval())
                 agrees = all(
                     _close(traced(p), self._looped(p)) for p in (*points, *[-p for p in points])
                 )

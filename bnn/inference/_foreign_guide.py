@@ -65,7 +65,7 @@ def fit_foreign(
     Raises:
         ModelError: the guide misses a latent site, or cannot be minibatched.
     """
-    guide = method.guide
+    guide: Any = method.guide
     automatic = isinstance(guide, AutoGuide) or (
         inspect.isclass(guide) and issubclass(guide, AutoGuide)
     )
@@ -79,7 +79,8 @@ def fit_foreign(
     rescale = Rescale(sites.plate, data.rows)
     with seeded(branch(seed, 2)), parameters(model, data.tensors):
         if inspect.isclass(guide):
-            guide = guide(model)
+            make: Any = guide
+            guide = make(model)
         elif isinstance(guide, torch.nn.Module):
             guide = _copied(guide)  # the caller's guide keeps its state
         first = next(data.batches(method.batch_size, generator(branch(seed, 3))))
@@ -125,7 +126,7 @@ def fit_foreign(
     )
 
 
-def _copied(guide: torch.nn.Module) -> Any:
+def _copied(guide: Any) -> Any:
     """A guide with parameters of its own. An autoguide forgets its model when it is copied."""
     models = {name: g._model for name, g in guide.named_modules() if isinstance(g, AutoGuide)}
     copied = copy.deepcopy(guide)

@@ -18,7 +18,7 @@ import numpy as np
 from bnn.errors import FitError
 
 Array = np.ndarray
-Ask = Generator[Array, tuple[float, Array], Any]
+Ask = Generator[Any, Any, Any]  # yields a position, is sent (potential, gradient)
 
 _DIVERGENCE = 1000.0  # energy error beyond which a trajectory has left the level set (Stan)
 
@@ -90,7 +90,7 @@ class Chain:
         spread = Welford(size, self.dense)
         kept = np.empty((self.draws, size))
         stats: dict[str, list] = {name: [] for name in STATS}
-        state = (self.z, u, g)
+        state: Any = (self.z, u, g)
         for i in range(self.warmup + self.draws):
             self.iteration = i
             state, stat = yield from self._transition(*state)
@@ -176,10 +176,10 @@ class Chain:
             "reached_max_treedepth": saturated,
         }
 
-    def _grow(self, depth: int, end: tuple, direction: float, start: float) -> Ask:
+    def _grow(self, depth: int, end: tuple, direction: float, start: Any) -> Ask:
         """A subtree of 2^depth leapfrogs beyond an end of the trajectory."""
         if depth == 0:
-            z, p, g, u = yield from self._leapfrog(*end[:3], direction * self.step_size)
+            z, p, g, u = yield from self._leapfrog(end[0], end[1], end[2], direction * self.step_size)
             velocity = self.metric.velocity(p)
             energy = u + 0.5 * p @ velocity
             error = energy - start if np.isfinite(energy) else np.inf

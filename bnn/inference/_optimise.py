@@ -13,7 +13,7 @@ from bnn.errors import ConvergenceWarning, FitError
 from bnn.inference._progress import bar
 from bnn.method import Method, check_count, check_positive
 
-_WINDOWS = 20  # stretches that a full run is cut into when convergence is judged
+_WINDOWS = 40  # stretches that a full run is cut into when convergence is judged
 _DROPS = 2  # times a plateau cuts the learning rate by ten before it ends the fit
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
@@ -32,8 +32,8 @@ class Optimised(Method):
             keeps it; or a callable of the step that gives the factor.
     """
 
-    steps: int = 5_000
-    learning_rate: float = 0.01
+    steps: int = 10_000
+    learning_rate: float = 0.02
     batch_size: int | None = None
     schedule: Schedule = "plateau"
 

@@ -38,7 +38,7 @@ class MAP(Optimised):
 
     Example:
         >>> MAP(restarts=3)
-        MAP(steps=5000, learning_rate=0.01, batch_size=None, schedule='plateau', restarts=3, draws=1000)
+        MAP(steps=10000, learning_rate=0.02, batch_size=None, schedule='plateau', restarts=3, draws=1000)
     """
 
     restarts: int = 1

@@ -1,0 +1,127 @@
+"""Planted bugs: every exact check must fail on the mistake that it is there to catch."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from bnn import handlers, prediction
+from bnn.inference import _elbo, _energy, _guide, _nuts
+from tests import exact
+from tests.exact import Regression
+
+
+def _fails(check, **settings):
+    with pytest.raises(AssertionError):
+        check(**settings)
+
+
+@pytest.mark.parametrize(
+    "check", [exact.check_regression_by_nuts, exact.check_regression_by_mean_field]
+)
+def test_likelihood_counted_twice(check, monkeypatch):
+    plain = _energy.Energy.terms
+
+    def twice(self, *args, **kwargs):
+        likelihood, prior = plain(self, *args, **kwargs)
+        return 2 * likelihood, prior
+
+    monkeypatch.setattr(_energy.Energy, "terms", twice)
+    _fails(check)
+
+
+def test_minibatch_scale_missing(monkeypatch):
+    plain = handlers.Score.__init__
+
+    def unscaled(self, plate=None, rows=None, elsewhere=None):
+        plain(self, None, None, elsewhere)
+
+    monkeypatch.setattr(handlers.Score, "__init__", unscaled)
+    _fails(exact.check_regression_by_mean_field, batch_size=10)
+
+
+@pytest.mark.parametrize(
+    "check", [exact.check_regression_by_nuts, exact.check_regression_by_mean_field]
+)
+def test_prior_too_wide(check, monkeypatch):
+    """Tenfold data would hide it: the prior holds 1/51 of the precision, so sd x 1.5 moves means."""
+
+    def wide(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.5).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", x @ w)
+            pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+    monkeypatch.setattr(Regression, "model", staticmethod(wide))
+    _fails(check)
+
+
+def test_log_jacobian_missing(monkeypatch):
+    monkeypatch.setattr(_energy.Energy, "log_jacobian", lambda self, z: z.new_zeros(()))
+    _fails(exact.check_positive_site_by_nuts)
+
+
+def test_kl_sign_turned(monkeypatch):
+    plain = _energy.Energy.terms
+
+    def turned(self, *args, **kwargs):
+        likelihood, prior = plain(self, *args, **kwargs)
+        return likelihood, -prior
+
+    monkeypatch.setattr(_energy.Energy, "terms", turned)
+    monkeypatch.setattr(_guide.Normal, "entropy", lambda self: -self.tensors["log_scale"].sum())
+    _fails(exact.check_regression_by_mean_field, steps=1_000)
+
+
+def test_entropy_dropped(monkeypatch):
+    monkeypatch.setattr(_guide.Normal, "entropy", lambda self: torch.zeros(()))
+    _fails(exact.check_regression_by_mean_field)
+
+
+def test_expected_prior_without_its_variance(monkeypatch):
+    plain = _elbo._Expected.__call__
+
+    def at_the_mean(self, fn):
+        return plain(_elbo._Expected(self.mean, torch.zeros_like(self.variance)), fn)
+
+    monkeypatch.setattr(_elbo._Expected, "__call__", at_the_mean)
+    # one part in 51 of each precision: seen in the ELBO, which the check holds to .02 nats
+    with pytest.raises(AssertionError):
+        exact.check_expected_prior()
+
+
+def test_warmup_draws_kept(monkeypatch):
+    plain = _nuts.Chain.run
+
+    def from_afar(self):
+        self.warmup, self.z = 0, self.z + 1e4
+        return plain(self)
+
+    monkeypatch.setattr(_nuts.Chain, "run", from_afar)
+    _fails(exact.check_regression_by_nuts)
+
+
+def test_chains_sharing_a_seed(monkeypatch):
+    plain = _nuts.sample
+
+    def shared(gradient, chains, lanes, report):
+        import numpy as np
+
+        for chain in chains:
+            chain.rng, chain.z = np.random.default_rng(0), chains[0].z
+        return plain(gradient, chains, lanes, report)
+
+    monkeypatch.setattr("bnn.inference.nuts.sample", shared)
+    with pytest.raises(AssertionError):
+        exact.check_chains_differ()
+
+
+def test_predictive_without_noise(monkeypatch):
+    plain = prediction._Pooled.add
+
+    def noiseless(self, part, first, fn, values):
+        fn.sample = lambda: fn.mean
+        plain(self, part, first, fn, values)
+
+    monkeypatch.setattr(prediction._Pooled, "add", noiseless)
+    _fails(exact.check_predictive_noise)
