@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(options)
     except (bnn.ModelError, bnn.DataError, bnn.FitError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> None:
         file = folder / name / "posterior.nc"
         predictions = posteriors[name].predict(*test[:-1])
         _quietly(
-            lambda n=name, p=predictions, f=file: (
-                posteriors[n].to_arviz(predictions=p).to_netcdf(f)
-            )
+            lambda n=name, p=predictions, f=file: posteriors[n].to_arviz(predictions=p).to_netcdf(f)
         )
         print(f"  {posteriors[name].seconds:.0f} s; wrote {file}", flush=True)
     comparison = bnn.compare(posteriors, data=test)
@@ -119,11 +117,12 @@ class Table:
                 f'The table has no column "{target}" (columns: {", ".join(map(str, frame.columns))}). '
                 "Pass one of them with --target."
             )
+        frame = frame.replace([np.inf, -np.inf], np.nan)
+        if frame[target].isna().all():
+            raise bnn.DataError(f'The target "{target}" has no value in any row.')
         whole = frame.dropna(axis="columns", how="all").dropna()
-        if len(whole) < len(frame):
-            print(
-                f"note: {len(frame) - len(whole)} of {len(frame)} rows have missing values; left out."
-            )
+        if lost := len(frame) - len(whole):
+            print(f"note: {lost} of {len(frame)} rows have missing or infinite values; left out.")
         if len(whole) < 10:
             raise bnn.DataError(
                 f"{len(whole)} rows without missing values; at least 10 are needed."
@@ -136,11 +135,18 @@ class Table:
             )
         if text:
             print(f"note: the text columns {text} become one 0/1 column for each value.")
-        whole = pandas.get_dummies(whole, columns=text, dtype=float).astype(float)
+            whole = pandas.get_dummies(whole, columns=text, dtype=float)
+        whole = whole.astype(float)
         constant = [c for c in whole.columns if whole[c].nunique() == 1]
         if constant:
             print(f"note: the columns {constant} are constant; left out.")
         self.x = whole.drop(columns=constant)
+        if self.x.empty:
+            raise bnn.DataError(
+                f'Besides the target "{target}" the table has no column that tells rows apart.'
+            )
+        if y.nunique() == 1:
+            raise bnn.DataError(f'The target "{target}" is the same in every row.')
         self.columns, self.target, self.name = list(self.x.columns), target, name
         numeric = pandas.api.types.is_numeric_dtype(y) and not pandas.api.types.is_bool_dtype(y)
         self.labels = [] if numeric else sorted(y.unique().tolist())
@@ -174,6 +180,11 @@ class Table:
         order = np.random.default_rng(seed).permutation(len(self.y))
         cut = max(1, round(share * len(order)))
         test, train = order[:cut], order[cut:]
+        if len(train) < 5:
+            raise bnn.DataError(
+                f"--test-share {share:g} leaves {len(train)} of {len(order)} rows to fit; at least "
+                "5 are needed."
+            )
         return (self.x.iloc[train], self.y[train]), (self.x.iloc[test], self.y[test])
 
     def model(self, train: tuple[Any, Any]) -> Any:
@@ -199,6 +210,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError("a whole number from 0 below 2**64")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bnn",
@@ -219,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--test-share", type=_share, default=0.2, help="share of rows held out (0.2)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split and the fits (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the split and the fits (0)")
     return parser
 
 

@@ -1,8 +1,9 @@
 """Files: a posterior as one safetensors file of tensors and JSON. Reading executes nothing.
 
-Layout: tensors `draws/<site>`, `params/<name>`, `stats/<name>`, `history`, `data/<i>`; the header's
-metadata holds the manifest (settings, shapes of the fit, versions) and a SHA-256 over manifest and
-tensors, so that a damaged file is an error and not another posterior.
+Layout: tensors `draws/<site>`, `params/<name>`, `stats/<name>`, `history`, `data/<i>` (of a loader
+its first batch, `batch/<i>`); the header's metadata holds the manifest (settings, seed, versions)
+and a SHA-256 over manifest and tensors, so that a damaged file is an error and not another
+posterior. The SHA-256 tells damage, not forgery: every field is checked before it is used.
 """
 
 import dataclasses
@@ -56,7 +57,10 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         try:
+            partial.touch()
+            mode = partial.stat().st_mode  # save_file's own is readable by its owner alone
             save_file(tensors, partial, metadata)
+            partial.chmod(mode)
             with open(partial, "r+b") as written:
                 os.fsync(written.fileno())
             os.replace(partial, target)
@@ -92,8 +96,8 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
         data, sites = contract.check(model, data)
     except (ModelError, DataError) as error:
         raise CheckpointError(
-            f"The model does not run on the data stored in {path}: {error} Pass the model that was "
-            "fitted."
+            f"The model does not run on the data stored in {path}: {error} "
+            "Pass the model that was fitted."
         ) from error
     _check_draws(draws, group("stats"), tensors.get("history"), path)
     _check_same_model(model, data, sites, draws, params, path)
@@ -204,7 +208,7 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Refuses, by a ValueError, a manifest whose fields are not of the kinds that `_manifest` writes."""
+    """Raises ValueError for a field that is not of the kind that `_manifest` writes."""
     texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64

@@ -36,7 +36,9 @@ def compare(
             say how well a model fits, not how well it predicts.
 
     Raises:
-        DataError: no posterior, or posteriors fitted to different observations and no `data`.
+        TypeError: not posteriors by name.
+        DataError: no posterior; no rows in `data`; or posteriors fitted to different observations
+            and no `data`.
 
     References:
         Vehtari, Gelman, Gabry (2017), Practical Bayesian model evaluation using leave-one-out
@@ -44,6 +46,10 @@ def compare(
     """
     import pandas
 
+    if not isinstance(posteriors, Mapping):
+        raise TypeError(
+            f'compare got a {type(posteriors).__name__}. Pass {{"name": posterior, ...}}.'
+        )
     if not posteriors:
         raise DataError('compare got no posteriors. Pass {"name": posterior, ...}.')
     if data is None:
@@ -72,10 +78,11 @@ def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[st
             )
         inputs, y = posterior.data.inputs, posterior.data.observations
     else:
-        inputs, y = (
-            tuple(data[:-1]),
-            torch.as_tensor(check_arguments(tuple(data), posterior.data)[-1]),
-        )
+        if not isinstance(data, tuple | list):
+            raise TypeError(f"data is a {type(data).__name__}. Pass (x_test, y_test).")
+        *inputs, y = check_arguments(tuple(data), posterior.data)
+        if not len(y):
+            raise DataError("The held-out data have no rows, so there is nothing to score.")
         extra = {}
         each = posterior.log_score(*data).double()
         score, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))

@@ -171,9 +171,7 @@ def told(model: Model, data: Data) -> Iterator[None]:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         cure = (
-            isinstance(error, TypeError)
-            and "positional argument" in first
-            and call_of(model, data)
+            isinstance(error, TypeError) and "positional argument" in first and call_of(model, data)
         )
         cure = cure or "Run it once by hand on the data to see where."
         if "Multiple sample sites named" in first:

@@ -122,9 +122,7 @@ def _tensor(arg: Any, name: str) -> Tensor:
     if arg is None:
         raise DataError(f'"{name}" is None. Pass an array with one entry a row.')
     if type(arg).__module__.startswith("scipy.sparse"):
-        raise DataError(
-            f'"{name}" is a sparse array, found {type(arg).__name__}. Pass .toarray().'
-        )
+        raise DataError(f'"{name}" is a sparse array, found {type(arg).__name__}. Pass .toarray().')
     if isinstance(arg, np.ma.MaskedArray):
         raise DataError(
             f'"{name}" is a masked array. Drop the masked rows, or fill them, and pass the result.'
@@ -135,9 +133,7 @@ def _tensor(arg: Any, name: str) -> Tensor:
         array = _array(arg, name)
         tensor = torch.as_tensor(array.copy())  # own memory: read-only and strided arrays too
     if tensor.is_complex():
-        raise DataError(
-            f'"{name}" is complex ({tensor.dtype}). Pass its real and imaginary parts.'
-        )
+        raise DataError(f'"{name}" is complex ({tensor.dtype}). Pass its real and imaginary parts.')
     if tensor.layout != torch.strided:
         raise DataError(f'"{name}" has layout {tensor.layout}. Pass .to_dense().')
     if tensor.is_floating_point():

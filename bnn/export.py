@@ -1,10 +1,14 @@
 """Export to ArviZ, both majors: the one file that imports it. Groups are plain NumPy until the end.
 
 ArviZ 0.x returns `InferenceData`, 1.x an xarray `DataTree`; group names, variables, coordinates and
-dims are the same, and either opens the other's netCDF file.
+dims are the same, and either opens the other's netCDF file. The majors' own `from_dict` name the
+axes of `predictions` differently and take one list of dims for a name, in whatever group: so the
+groups are built here.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
 _PRIOR_DRAWS = 500
+Variables = dict[str, tuple[Sequence[str], np.ndarray]]
+"""A group: variable -> names of its axes, and its array."""
 
 
 def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> Any:
@@ -30,102 +36,94 @@ def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> A
     predictions and predictions_constant_data. A group that cannot be had is left out: the
     predictive ones where the model does not run without its observations or its rows came from a
     loader, log_likelihood where the rows are one statement.
+
+    Axes: chain, draw, row; for an input of two axes its columns, by name where it had names; and
+    <variable>_dim_<axis> for the rest.
     """
-    groups: dict[str, dict[str, Any]] = {"posterior": dict(posterior.draws)}
     data, sites = posterior.data, posterior.sites
     y = sites.observed
+    rowed = {k for k, site in (sites.latent | sites.seams).items() if site.local and site.shape}
     kept = data.loader is None and not sites.subsampled
-    if kept:
-        groups["posterior"] |= posterior.deterministic()
+    draws = posterior.draws | (posterior.deterministic() if kept else {})
+    groups: dict[str, Variables] = {"posterior": _draws(draws, rowed)}
     if kept and sites.row_axis is not None:
-        groups["log_likelihood"] = {y: posterior.log_likelihood()}
+        groups["log_likelihood"] = _draws({y: posterior.log_likelihood()}, {y})
     if kept and sites.predicts:
-        here = posterior.predict(*data.inputs)
-        groups["posterior_predictive"] = _predictive(here, y)
-    if posterior.stats:
-        groups["sample_stats"] = dict(posterior.stats)
+        groups["posterior_predictive"] = _predictive(posterior.predict(*data.inputs), y)
+    groups["sample_stats"] = _draws(posterior.stats)
     if sites.predicts:
         latent, before = prior_draws(posterior.model, data.inputs, sites, _PRIOR_DRAWS, seed=0)
-        groups["prior"] = latent
+        groups["prior"] = _draws(latent, rowed)
         if kept:
             groups["prior_predictive"] = _predictive(before, y)
     if kept:
-        groups["observed_data"] = {y: data.observations}
+        groups["observed_data"] = {y: _named(y, data.observations, "row")}
         groups["constant_data"] = _inputs(data, data.inputs)
     if predictions is not None:
         groups["predictions"] = _predictive(predictions, y)
         groups["predictions_constant_data"] = _inputs(data, predictions.inputs)
-    dims, coords = _axes(posterior, groups)
-    return from_groups(groups, dims, coords, _attributes(posterior))
+    columns = {f"{name}_column": names for name, names in data.columns.items()}
+    return from_groups(groups, columns, _attributes(posterior))
 
 
 def from_groups(
-    groups: Mapping[str, Mapping[str, Any]],
-    dims: Mapping[str, list[str]],
-    coords: Mapping[str, Iterable[Any]],
-    attributes: Mapping[str, Any],
+    groups: Mapping[str, Variables],
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Named arrays as an ArviZ object of whichever major is installed."""
+    """Named arrays as an ArviZ object of whichever major is installed.
+
+    Args:
+        groups: by name; empty ones are left out.
+        coords: labels along an axis; default 0, 1, 2, ...
+        attributes: of the whole.
+    """
     import arviz
+    import xarray
 
     az: Any = arviz  # the two majors differ in their signatures
-    arrays = {
-        group: {name: _array(value) for name, value in variables.items()}
-        for group, variables in groups.items()
-        if variables
-    }
-    if int(az.__version__.split(".")[0]) >= 1:
-        return az.from_dict(arrays, dims=dims, coords=coords, attrs={"/": dict(attributes)})
-    return az.from_dict(**arrays, dims=dims, coords=coords, attrs=dict(attributes))
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
-def _predictive(prediction: Prediction, y: str) -> dict[str, Tensor]:
-    """Draws of f and of the observations under the observed site's own name."""
-    return {"f": prediction.f, y: prediction.y}
-
-
-def _inputs(data: "Data", inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    return dict(zip(data.names, inputs, strict=False))
-
-
-def _axes(
-    posterior: "Posterior", groups: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Names for every axis: row, the columns of the inputs, and site_dim_0, ... for the rest."""
-    data, sites = posterior.data, posterior.sites
-    dims: dict[str, list[str]] = {}
-    coords: dict[str, Any] = {}
-    for name, site in (sites.latent | sites.seams).items():
-        axes = [f"{name}_dim_{i}" for i in range(len(site.shape))]
-        if site.local and axes:
-            axes[0] = "row"
-        dims[name] = axes
-        coords |= {
-            axis: np.arange(size)
-            for axis, size in zip(axes, site.shape, strict=True)
-            if axis != "row"
+    datasets = {}
+    for group, variables in groups.items():
+        sizes = {
+            axis: size
+            for axes, array in variables.values()
+            for axis, size in zip(axes, array.shape, strict=True)
         }
-    for group in ("posterior_predictive", "prior_predictive", "predictions"):
-        for name, value in groups.get(group, {}).items():
-            shape = tuple(value.shape[2:])
-            axes = ["row", *(f"{name}_dim_{i}" for i in range(1, len(shape)))]
-            dims[name] = axes[: len(shape)]
-            coords |= {a: np.arange(s) for a, s in zip(axes, shape, strict=False) if a != "row"}
-    dims[sites.observed] = [
-        "row", *(f"{sites.observed}_dim_{i}" for i in range(1, data.observations.ndim))
-    ]  # fmt: skip
-    for name, value in zip(data.names[:-1], data.inputs, strict=True):
-        if value.ndim:
-            columns = [f"{name}_column"] if value.ndim == 2 else []
-            rest = [f"{name}_dim_{i}" for i in range(1 + len(columns), value.ndim)]
-            dims[name] = ["row", *columns, *rest]
-            if columns:
-                coords[columns[0]] = data.columns.get(name) or np.arange(value.shape[1])
-    return dims, coords
+        labels = {axis: (coords or {}).get(axis, np.arange(size)) for axis, size in sizes.items()}
+        if variables:
+            datasets[group] = xarray.Dataset(variables, coords=labels)  # type: ignore[arg-type]
+    if int(az.__version__.split(".")[0]) >= 1:
+        root = xarray.Dataset(attrs=dict(attributes or {}))
+        return xarray.DataTree.from_dict({"/": root, **datasets})
+    return az.InferenceData(attrs=dict(attributes or {}), **datasets)
+
+
+def _named(name: str, value: Any, *lead: str) -> tuple[Sequence[str], np.ndarray]:
+    """An array with its first axes named by `lead` and the others by variable and place."""
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    samples = sum(axis in ("chain", "draw") for axis in lead)
+    rest = [f"{name}_dim_{i - samples}" for i in range(len(lead), array.ndim)]
+    return [*lead, *rest], array
+
+
+def _draws(values: Mapping[str, Tensor], rowed: "set[str] | frozenset" = frozenset()) -> Variables:
+    """(chain, draw, *) each; of those named in `rowed` the next axis is the row."""
+    return {
+        k: _named(k, v, "chain", "draw", *(["row"] if k in rowed else []))
+        for k, v in values.items()
+    }
+
+
+def _predictive(prediction: Prediction, y: str) -> Variables:
+    """Draws of f and of the observations under the observed site's own name."""
+    return _draws({"f": prediction.f, y: prediction.y}, {"f", y})
+
+
+def _inputs(data: "Data", inputs: tuple[Tensor, ...]) -> Variables:
+    return {
+        k: _named(k, v, *["row", f"{k}_column"][: v.ndim if v.ndim <= 2 else 1])
+        for k, v in zip(data.names, inputs, strict=False)
+    }
 
 
 def _attributes(posterior: "Posterior") -> dict[str, Any]:
@@ -146,16 +144,30 @@ def _attributes(posterior: "Posterior") -> dict[str, Any]:
 def loo(posterior: "Posterior") -> tuple[float, float, np.ndarray]:
     """PSIS-LOO by ArviZ: the expected log density of a new row times rows, its standard error, k.
 
+    Where the draws are too few or too alike to fit a Pareto tail to (a mode, a small ensemble),
+    ArviZ 1.x raises and 0.x gives k = inf. Here both give plain importance sampling and k = inf.
+
     Raises:
         ModelError: the rows are one statement.
     """
-    import arviz as az
+    import arviz
 
+    az: Any = arviz
     if posterior.sites.row_axis is None:
         raise ModelError("LOO needs the likelihood of each row. Put the observed site in a plate.")
-    y = posterior.sites.observed
-    groups = {"posterior": posterior.draws, "log_likelihood": {y: posterior.log_likelihood()}}
-    result: Any = az.loo(from_groups(groups, {y: ["row"]}, {}, {}), pointwise=True)
+    y, each = posterior.sites.observed, posterior.log_likelihood()
+    made = from_groups(
+        {"posterior": _draws(posterior.draws), "log_likelihood": _draws({y: each}, {y})}
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # k is returned, and what it means is said once
+            result: Any = az.loo(made, pointwise=True)
+    except (ValueError, IndexError):
+        flat = each.flatten(0, 1).double()
+        row = math.log(len(flat)) - (-flat).logsumexp(0)
+        se = float(row.std(correction=0)) * math.sqrt(len(row))
+        return float(row.sum()), se, np.full(len(row), np.inf)
     elpd = getattr(result, "elpd", None)
     value = float(result.elpd_loo if elpd is None else elpd)
     return value, float(result.se), np.asarray(result.pareto_k)

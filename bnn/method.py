@@ -67,9 +67,7 @@ def check_count(method: str, **counts: Any) -> None:
     """
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(
-                f"{method}({name}={value!r}): {name} is a whole number, for example 4."
-            )
+            raise TypeError(f"{method}({name}={value!r}): {name} is a whole number, for example 4.")
         if value < 1:
             raise ValueError(f"{method}({name}={value!r}): {name} is at least 1.")
 

@@ -14,6 +14,17 @@ from bnn.errors import DataError, DataWarning, ModelError
 
 
 def check_shape(site: Any, data: Data, frame: Any) -> None:
+    """Refuses a value of another shape than its distribution states: nothing may broadcast.
+
+    Args:
+        site: the observed site of a trace: its name, fn, value and plates.
+        data: the model's arguments.
+        frame: the data plate, or None.
+
+    Raises:
+        DataError: the observations have another shape.
+        ModelError: the row is not the first axis, or a plate has another size.
+    """
     name, fn, value = site["name"], site["fn"], site["value"]
     stated, found = tuple(fn.shape()), tuple(value.shape)
     if frame is not None and frame.full_size and frame.full_size != frame.size:
@@ -46,12 +57,13 @@ def check_shape(site: Any, data: Data, frame: Any) -> None:
     elif found[:1] == (1,) and stated[:1] != (1,):
         cure = f"Pass one observation for each of the {stated[0]} rows."
     raise DataError(
-        f'The observed site "{name}" has shape {sizes_of(fn, stated)} and its observations {y} have '
-        f"{shape_of(value)}. {cure}"
+        f'The observed site "{name}" has shape {sizes_of(fn, stated)} and its observations {y} '
+        f"have {shape_of(value)}. {cure}"
     )
 
 
 def sizes_of(fn: Any, shape: tuple[int, ...]) -> str:
+    """A distribution's shape with its axes named: `(batch=60, event=2)`."""
     batch = len(fn.batch_shape)
     axes = [f"batch={s}" for s in shape[:batch]] + [f"event={s}" for s in shape[batch:]]
     return "(" + ", ".join(axes) + ")"
@@ -74,6 +86,7 @@ def _check_subsampled(site: Any, data: Data, frame: Any) -> None:
 
 
 def innermost(fn: Any) -> Any:
+    """The distribution inside `.to_event`, `.expand` and `.mask`."""
     while isinstance(fn, td.Independent) or hasattr(fn, "base_dist"):
         if isinstance(fn, td.TransformedDistribution):
             return fn
@@ -119,12 +132,14 @@ def check_support(fn: Any, y: Tensor, name: str, site: str) -> None:
 
 
 def same_for_every_row(support: Any) -> bool:
+    """False where the bounds of the support are given row by row."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return not any(isinstance(v, Tensor) and v.numel() > 1 for v in vars(support).values())
 
 
 def warn_of_one_class(fn: Any, data: Data) -> None:
+    """Warns where labels are all the same."""
     y = data.observations
     labels = is_categorical(fn) or isinstance(innermost(fn), td.Bernoulli)
     if labels and len(y) > 1 and data.loader is None and (y == y.flatten()[0]).all():

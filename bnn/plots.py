@@ -51,7 +51,7 @@ def truth(
     """
     observed = np.asarray(y)
     if prediction.probs is not None:
-        raise DataError("plots.truth draws numbers; for labels draw plots.coverage of `probs`.")
+        raise DataError("plots.truth draws numbers; for labels use plots.reliability.")
     if prediction.mean.shape != observed.shape or observed.ndim != 1:
         raise DataError(
             f"The prediction has rows {tuple(prediction.mean.shape)} and y has {observed.shape}."
@@ -87,7 +87,7 @@ def coverage(
     title: str = "",
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Observed share of rows inside central intervals, at every level: on the diagonal if calibrated.
+    """Observed share of rows inside central intervals, at every level; calibrated is diagonal.
 
     The grey band holds 95 % of calibrated predictions of this many independent rows (binomial).
 
@@ -96,9 +96,14 @@ def coverage(
         y: observations, (row, *).
         title: above the axes.
         ax: where to draw; default a new figure.
+
+    Raises:
+        DataError: y is a label, or has other rows than the prediction.
     """
     named = {"": predictions} if isinstance(predictions, Prediction) else predictions
     observed = torch.as_tensor(np.asarray(y))
+    if any(prediction.probs is not None for prediction in named.values()):
+        raise DataError("plots.coverage draws numbers; for labels use plots.reliability.")
     levels = torch.linspace(0.05, 0.95, 19)
     ax = _axes(ax)
     noise = 1.96 * (levels * (1 - levels) / max(observed.numel(), 1)).sqrt()
@@ -112,7 +117,10 @@ def coverage(
     ax.plot([0, 1], [0, 1], color=IDEAL, lw=1, ls="--", label="calibrated")
     for i, (name, prediction) in enumerate(named.items()):
         share: Tensor = interval_coverage(prediction.y, observed, levels)
-        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        look: dict[str, Any] = {
+            "color": SERIES[i % len(SERIES)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
         ax.plot(levels, share, lw=1.5, ms=4, label=name or "observed", **look)
     ax.set(
         xlabel="level of the interval (probability)",
@@ -144,7 +152,7 @@ def reliability(
         ax: where to draw; default a new figure.
 
     Raises:
-        DataError: y is not a label.
+        DataError: y is not a label, or has other rows than the prediction.
     """
     named = {"": predictions} if isinstance(predictions, Prediction) else predictions
     observed = torch.as_tensor(np.asarray(y))
@@ -154,24 +162,31 @@ def reliability(
         if prediction.probs is None:
             raise DataError("plots.reliability draws labels; for numbers use plots.coverage.")
         stated, label = prediction.probs.max(-1)
+        if label.shape != observed.shape or observed.ndim != 1:
+            raise DataError(
+                f"The prediction has rows {tuple(label.shape)} and y has {tuple(observed.shape)}."
+            )
         order = stated.argsort()
         right = (label == observed).double()[order]
         cuts = torch.tensor_split(torch.arange(len(order)), min(bins, max(len(order) // 10, 1)))
         x = torch.stack([stated[order][cut].double().mean() for cut in cuts])
         share = torch.stack([right[cut].mean() for cut in cuts])
-        error = torch.stack(
-            [(right[cut].mean() * (1 - right[cut].mean()) / len(cut)).sqrt() for cut in cuts]
-        )
-        look: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        # The sd of a Beta(1 + right, 1 + wrong): not 0 where all are right.
+        smooth = torch.stack([(right[cut].sum() + 1) / (len(cut) + 2) for cut in cuts])
+        error = (smooth * (1 - smooth) / torch.tensor([len(cut) + 3 for cut in cuts])).sqrt()
+        look: dict[str, Any] = {
+            "color": SERIES[i % len(SERIES)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
         ax.errorbar(x, share, error, lw=1.5, ms=5, capsize=2, label=name or "observed", **look)
     ax.set(
         xlabel="stated probability of the predicted label",
         ylabel="share of right labels (± standard error)",
         title=title,
         xlim=(0, 1.02),
-        ylim=(0, 1.02),
+        ylim=(0, 1.05),
     )
-    ax.legend(loc="upper left", frameon=False, fontsize="small")
+    ax.legend(loc="lower right", frameon=False, fontsize="small")
     return ax
 
 

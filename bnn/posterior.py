@@ -123,8 +123,8 @@ class Posterior:
         axis = self.sites.row_axis
         if axis is None:
             raise ModelError(
-                f'The rows of "{self.sites.observed}" are one statement, so no row has a likelihood '
-                'of its own. Put it in a plate: with pyro.plate("data", len(x)).'
+                f'The rows of "{self.sites.observed}" are one statement, so no row has a '
+                'likelihood of its own. Put it in a plate: with pyro.plate("data", len(x)).'
             )
         values, shape = self._pooled(None, local=not data)
         rows, count = len(args[-1]), math.prod(shape)
@@ -134,9 +134,7 @@ class Posterior:
         with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]):
             program = self.program
             if data:
-                contract.check_rows(
-                    program, {k: v[0] for k, v in values.items()}, args, self.sites
-                )
+                contract.check_rows(program, {k: v[0] for k, v in values.items()}, args, self.sites)
             for first in range(0, rows, block):
                 batch = take(args, slice(first, first + block))
                 step = max(1, _CELLS // len(batch[-1]))
@@ -201,7 +199,7 @@ class Posterior:
         return each.double().logsumexp(0).sub(math.log(len(each))).to(each.dtype)
 
     def to_arviz(self, *, predictions: Prediction | None = None) -> Any:
-        """An ArviZ object: `InferenceData` on ArviZ 0.x, `DataTree` on 1.x, the same groups on both.
+        """An ArviZ object: `InferenceData` on 0.x, `DataTree` on 1.x, the same groups on both.
 
         Args:
             predictions: from `predict`; becomes the groups predictions, predictions_constant_data.
@@ -244,9 +242,7 @@ class Posterior:
 
     def _training_tensors(self) -> tuple[Tensor, ...]:
         if self.data.loader is not None:
-            raise DataError(
-                "The training rows came from a loader and are not kept. Pass the data."
-            )
+            raise DataError("The training rows came from a loader and are not kept. Pass the data.")
         if self.sites.subsampled:
             raise ModelError(
                 "The model draws its own minibatch. Pass the data it should be scored on."

@@ -72,7 +72,7 @@ class Regression:
 
 
 def z_scores(draws: Tensor, exact: Tensor | float) -> np.ndarray:
-    """(mean of draws - exact) in Monte Carlo standard errors, by ArviZ's ESS; draws (chain, draw, *)."""
+    """(mean - exact) in Monte Carlo standard errors, by ArviZ's ESS; draws (chain, draw, *)."""
     values = np.asarray(draws.double())
     flat = values.reshape(*values.shape[:2], -1)
     each = np.broadcast_to(np.asarray(exact, dtype=float), values.shape[2:]).reshape(-1)
@@ -121,9 +121,7 @@ def check_regression_by_mean_field(**settings) -> None:
     assert exact.elbo(loc, scale) > exact.log_evidence - 0.4774 - 0.02
     drawn = posterior.draws["w"].flatten(0, 1).std(0)
     assert torch.allclose(drawn, scale, rtol=0.02)  # 4 standard errors of an sd at 20,000 draws
-    assert (
-        abs(posterior.elbo - exact.elbo(loc, scale)) < 0.1
-    )  # 8,192 draws, sd about 1.5: 4 x .017
+    assert abs(posterior.elbo - exact.elbo(loc, scale)) < 0.1  # 8,192 draws, sd about 1.5: 4 x .017
 
 
 def gamma_poisson(y=None):

@@ -16,6 +16,7 @@ from bnn.inference._energy import Energy
 from bnn.sites import Sites
 
 _EVALUATIONS = 20_000_000  # rows x draws that the final ELBO may cost
+_AT_ONCE = 100_000  # rows x draws in memory together
 
 
 class Bound:
@@ -44,7 +45,8 @@ class Bound:
         if data.loader is not None or sites.subsampled:
             return None
         count = int(min(max(_EVALUATIONS // max(data.rows, 1), 16), 8_192))
-        parts = [min(512, count - i) for i in range(0, count, 512)]
+        step = min(512, max(1, _AT_ONCE // max(data.rows, 1)))
+        parts = [min(step, count - i) for i in range(0, count, step)]
         values = [float(self(data.tensors, self.annealing, n)) * n for n in parts]
         return sum(values) / count
 
@@ -97,8 +99,6 @@ def _normal_priors(energy: Energy, independent: bool) -> set[str]:
         if fn is not None
         and (
             independent
-            or (
-                torch.equal(fn.loc, second[name].loc) and torch.equal(fn.scale, second[name].scale)
-            )
+            or (torch.equal(fn.loc, second[name].loc) and torch.equal(fn.scale, second[name].scale))
         )
     }

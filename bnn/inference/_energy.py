@@ -138,16 +138,20 @@ class Energy:
         """Starting points: draws of the prior, each coordinate held within +-spread, (count, size).
 
         A prior draw has the scale that the user gave each weight; the bound keeps vague and
-        heavy-tailed priors from starting where the gradient vanishes.
+        heavy-tailed priors from starting where the gradient vanishes. It is around 0, or around
+        the prior's median where 0 is out of the prior's reach (a scale in large units).
 
         Raises:
             FitError: no point with a finite density was found.
         """
+        draws = self._prior_draws(seed)
+        median, reach = draws.median(0).values, 2 * draws.std(0)
+        centre = torch.where(median.abs() > reach, median, 0.0)
         points = []
         for chain in range(count):
             for attempt in range(100):
                 with seeded(branch(seed, chain, attempt)), torch.no_grad():
-                    z = self._prior_draw().clamp(-spread, spread)
+                    z = centre + (self._prior_draw() - centre).clamp(-spread, spread)
                     if torch.isfinite(self.log_joint(z, self._args())):
                         points.append(z)
                         break
@@ -159,11 +163,13 @@ class Energy:
                 )
         return torch.stack(points)
 
-    def prior_scale(self, seed: np.random.SeedSequence, draws: int = 32) -> Tensor:
+    def prior_scale(self, seed: np.random.SeedSequence) -> Tensor:
         """Rough prior standard deviation of each coordinate, within [1e-3, 1], (size,)."""
+        return self._prior_draws(seed).std(0).clamp(1e-3, 1.0)
+
+    def _prior_draws(self, seed: np.random.SeedSequence, count: int = 32) -> Tensor:
         with seeded(seed), torch.no_grad():
-            many = torch.stack([self._prior_draw() for _ in range(draws)])
-        return many.std(0).clamp(1e-3, 1.0)
+            return torch.stack([self._prior_draw() for _ in range(count)])
 
     def _args(self) -> tuple[Any, ...]:
         return self.data.tensors

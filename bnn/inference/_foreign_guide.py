@@ -1,4 +1,4 @@
-"""Guides that Pyro or the user wrote: fitted by Pyro's own ELBO, in a parameter store of their own."""
+"""Guides that Pyro or the user wrote: fitted by Pyro's own ELBO, in a store of their own."""
 
 import copy
 import inspect
@@ -58,7 +58,7 @@ def fit_foreign(
     seed: np.random.SeedSequence,
     progress: bool,
 ) -> Posterior:
-    """SVI with a Pyro guide: an autoguide class or instance, or a callable of the model's arguments.
+    """SVI with an autoguide, class or instance, or a callable of the model's arguments.
 
     KL terms are closed-form where Pyro's mean-field ELBO applies (`AutoNormal`), sampled elsewhere.
 
@@ -73,8 +73,8 @@ def fit_foreign(
         require_continuous(sites, repr(method))
         if sites.locals and (method.batch_size or data.loader or sites.subsampled):
             raise ModelError(
-                f'An autoguide holds one value of "{sites.locals[0]}" for each row, and a minibatch '
-                "shows it some of the rows. Leave batch_size out, or write a guide(x, y)."
+                f'An autoguide holds one value of "{sites.locals[0]}" for each row, and a '
+                "minibatch shows it some of the rows. Leave batch_size out, or write a guide(x, y)."
             )
     rescale = Rescale(sites.plate, data.rows)
     with seeded(branch(seed, 2)), parameters(model, data.tensors):
@@ -101,6 +101,7 @@ def fit_foreign(
             data.batches(method.batch_size, generator(branch(seed, 3))),
             method,
             what="SVI",
+            label="ELBO",
             progress=progress,
             settle=method.annealing,
         )

@@ -25,7 +25,7 @@ _DIVERGENCE = 1000.0  # energy error beyond which a trajectory has left the leve
 
 @dataclass
 class Metric:
-    """Inverse mass matrix: a variance of each coordinate, (size,), or a covariance, (size, size)."""
+    """Inverse mass matrix: a variance of each coordinate, (size,), or covariance, (size, size)."""
 
     covariance: Array
 
@@ -74,7 +74,7 @@ class Chain:
     metric: Metric = field(init=False)
     step_size: float = 1.0
     divergences: int = 0
-    acceptance: float = 0.0
+    acceptance: float = 0.8  # a running average, to be shown
     iteration: int = 0
 
     def run(self) -> Ask:
@@ -94,9 +94,9 @@ class Chain:
         for i in range(self.warmup + self.draws):
             self.iteration = i
             state, stat = yield from self._transition(*state)
-            self.acceptance = stat["acceptance_rate"]
+            self.acceptance += 0.1 * (stat["acceptance_rate"] - self.acceptance)
             if i < self.warmup:
-                self.step_size = tuning.update(self.acceptance)
+                self.step_size = tuning.update(stat["acceptance_rate"])
                 if windows.start <= i < windows.stop:
                     spread.add(state[0])
                 if i + 1 in windows.ends:
@@ -121,7 +121,7 @@ class Chain:
         return z, p, g, u
 
     def _reasonable(self, z: Array, u: float, g: Array) -> Ask:
-        """A step size whose first leapfrog accepts with about .8: doubled or halved until it flips."""
+        """A step size whose first leapfrog accepts with about .8, by doubling or halving."""
         step, direction = self.step_size, 0
         for _ in range(60):
             p = self.metric.momentum(self.rng)
@@ -179,7 +179,9 @@ class Chain:
     def _grow(self, depth: int, end: tuple, direction: float, start: Any) -> Ask:
         """A subtree of 2^depth leapfrogs beyond an end of the trajectory."""
         if depth == 0:
-            z, p, g, u = yield from self._leapfrog(end[0], end[1], end[2], direction * self.step_size)
+            z, p, g, u = yield from self._leapfrog(
+                end[0], end[1], end[2], direction * self.step_size
+            )
             velocity = self.metric.velocity(p)
             energy = u + 0.5 * p @ velocity
             error = energy - start if np.isfinite(energy) else np.inf
@@ -339,7 +341,7 @@ def sample(
                     except StopIteration as done:
                         results[first + lane] = done.value
                         del running[lane]
-                    if seen[lane] != group[lane].iteration or lane not in running:
+                    if seen[lane] != group[lane].iteration:
                         seen[lane] = group[lane].iteration
                         report(group[lane])
     return results

@@ -57,6 +57,7 @@ def maximise(
     settings: Optimised,
     *,
     what: str,
+    label: str,
     progress: bool,
     settle: int = 0,
 ) -> Tensor:
@@ -71,7 +72,8 @@ def maximise(
         tensors: leaves to optimise, by name.
         batches: endless.
         settings: steps, learning rate, schedule.
-        what: name for the bar and for messages.
+        what: name of the method, for the bar and for messages.
+        label: name of the objective, for the bar.
         progress: show the bar.
         settle: first steps whose objective is not yet the one wanted (annealing).
 
@@ -86,7 +88,9 @@ def maximise(
     unique = {id(leaf): name for name, leaf in reversed(list(tensors.items()))}.values()
     leaves = {name: tensors[name].requires_grad_() for name in unique}
     try:
-        history, average = _ascend(objective, leaves, batches, settings, what, progress, settle)
+        history, average = _ascend(
+            objective, leaves, batches, settings, what, label, progress, settle
+        )
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(trained[name])
@@ -103,6 +107,7 @@ def _ascend(
     batches: Iterator[tuple[Any, ...]],
     settings: Optimised,
     what: str,
+    label: str,
     progress: bool,
     settle: int,
 ) -> tuple[list[float], dict[str, Tensor]]:
@@ -128,7 +133,8 @@ def _ascend(
                 if lost == 3:
                     raise FitError(
                         f"{what}: {bad} was not finite three times in a row, last at step {step}. "
-                        f"Lower learning_rate (now {settings.learning_rate:g}), or rescale the data.",
+                        f"Lower learning_rate (now {settings.learning_rate:g}), or rescale the "
+                        "data.",
                         step=step,
                         site=bad,
                     )
@@ -138,9 +144,9 @@ def _ascend(
             history.append(float(value.detach()))
             shown.update()
             if step % 20 == 0:
-                shown.set_postfix_str(
-                    f"objective {history[-1]:.4g}, lr {factor * settings.learning_rate:.1g}"
-                )
+                recent = sum(history[-20:]) / len(history[-20:])
+                rate_now = factor * settings.learning_rate
+                shown.set_postfix_str(f"{label} {recent:.5g}, learning rate {rate_now:.1g}", False)
             if plateau is None:
                 continue
             if plateau.drops == _DROPS:  # the last stretch is averaged
@@ -184,7 +190,7 @@ class Plateau:
     """Notices that a noisy objective has stopped rising.
 
     The objective is cut into stretches. It has stopped when the last stretch is no better than the
-    one before it by more than the noise of the difference of their means, or than what float32 resolves.
+    one before it by more than the noise of the difference of their means, or than float32 resolves.
     """
 
     def __init__(self, window: int, start: int = 0):

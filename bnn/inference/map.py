@@ -37,8 +37,8 @@ class MAP(Optimised):
         Murphy (2022), Probabilistic machine learning: an introduction, section 4.5.
 
     Example:
-        >>> MAP(restarts=3)
-        MAP(steps=10000, learning_rate=0.02, batch_size=None, schedule='plateau', restarts=3, draws=1000)
+        >>> MAP(restarts=3) == MAP(restarts=3, draws=1_000)
+        True
     """
 
     restarts: int = 1
@@ -61,14 +61,14 @@ class MAP(Optimised):
         require_continuous(sites, "MAP")
         if sites.params and self.restarts > 1:
             raise ModelError(
-                f"MAP(restarts={self.restarts}) gives every restart its own draw, and the trainable "
-                f"tensors without a prior ({', '.join(sites.params[:3])}) have one value only. Use "
-                "restarts=1, or give them a prior."
+                f"MAP(restarts={self.restarts}) gives every restart its own draw, and the "
+                f"trainable tensors without a prior ({', '.join(sites.params[:3])}) have one value "
+                "only. Use restarts=1, or give them a prior."
             )
         if sites.locals and (data.loader or sites.subsampled or self.batch_size):
             raise ModelError(
-                f'MAP holds one value of "{sites.locals[0]}" for each row, and a minibatch shows it '
-                "some of the rows. Leave batch_size out."
+                f'MAP holds one value of "{sites.locals[0]}" for each row, and a minibatch '
+                "shows it some of the rows. Leave batch_size out."
             )
         energy = Energy(model, data, sites)
         modes, histories, params = [], [], {}
@@ -81,6 +81,7 @@ class MAP(Optimised):
                         {"mode": z, **leftovers},
                         data.batches(self.batch_size, generator(branch(seed, 3, restart))),
                         self,
+                        label="log joint",
                         what=f"MAP {restart + 1}/{self.restarts}",
                         progress=progress,
                     )

@@ -126,6 +126,4 @@ def _report(shown: Any, chain: Chain, chains: list[Chain]) -> None:
         rates = "/".join(f"{c.acceptance:.2f}" for c in chains)
         divergent = sum(c.divergences for c in chains)
         phase = "warmup" if chain.iteration < chain.warmup else "draws"
-        shown.set_postfix_str(
-            f"{phase}, step {steps}, acceptance {rates}, {divergent} divergences"
-        )
+        shown.set_postfix_str(f"{phase}, step {steps}, acceptance {rates}, {divergent} divergences")

@@ -63,9 +63,9 @@ class SVI(Optimised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(
-            "SVI", particles=self.particles, draws=self.draws, annealing=self.annealing + 1
-        )
+        check_count("SVI", particles=self.particles, draws=self.draws)
+        if self.annealing != 0:
+            check_count("SVI", annealing=self.annealing)
         if self.annealing >= self.steps:
             raise ValueError(
                 f"SVI(annealing={self.annealing}, steps={self.steps}): the weight of the KL must "
@@ -93,9 +93,9 @@ class SVI(Optimised):
         minibatch = data.loader is not None or sites.subsampled or self.batch_size is not None
         if sites.locals and minibatch:
             raise ModelError(
-                f'SVI(guide="{self.guide}") holds one value of "{sites.locals[0]}" for each row, and '
-                "a minibatch shows it some of the rows. Leave batch_size out, or pass a guide that "
-                "computes the site from its row."
+                f'SVI(guide="{self.guide}") holds one value of "{sites.locals[0]}" for each row, '
+                "and a minibatch shows it some of the rows. Leave batch_size out, or pass a guide "
+                "that computes the site from its row."
             )
         energy = Energy(model, data, sites)
         loc = energy.initial(1, branch(seed, 0))[0]
@@ -111,6 +111,7 @@ class SVI(Optimised):
                     data.batches(self.batch_size, generator(branch(seed, 3))),
                     self,
                     what="SVI",
+                    label="ELBO",
                     progress=progress,
                     settle=self.annealing,
                 )

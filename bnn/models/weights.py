@@ -111,9 +111,7 @@ def check_net(net: Any) -> None:
         couples = isinstance(module, _BatchNorm) and (
             module.training or not module.track_running_stats
         )
-        moves = (
-            isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
-        )
+        moves = isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
         if couples or moves:
             where = f'"{path}" ({type(module).__name__})'
             cure = (

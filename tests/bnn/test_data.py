@@ -59,9 +59,7 @@ def test_arrays_are_copied_and_tensors_shared():
 def test_the_first_offender_is_named():
     x = torch.zeros(3, 2, 4)
     x[1, 1, 2] = torch.nan
-    with pytest.raises(
-        DataError, match='"x" has 1 NaN of 24 values, the first at row 1, column 1'
-    ):
+    with pytest.raises(DataError, match='"x" has 1 NaN of 24 values, the first at row 1, column 1'):
         tensors((x,), ("x",))
 
 

@@ -107,9 +107,7 @@ def test_eight_schools_of_inference_gym():
             theta = pyro.sample("theta", dist.Normal(mu, tau))
             pyro.sample("y", dist.Normal(theta, error), obs=y)
 
-    posterior = bnn.fit(
-        model, ERRORS, SCHOOLS, method=nuts(draws=2_500, target_accept=0.9), seed=5
-    )
+    posterior = bnn.fit(model, ERRORS, SCHOOLS, method=nuts(draws=2_500, target_accept=0.9), seed=5)
     assert_exact(posterior.draws["mu"], 5.7990, 5.4472)
     assert_exact(posterior.draws["tau"].log(), 2.4506, 0.5128)
     exact = [14.770, 7.177, 2.668, 6.571, 1.817, 3.426, 12.807, 7.968]
@@ -223,6 +221,6 @@ def test_short_trajectories_are_told():
             pyro.sample("y", dist.Normal(x @ w, 0.01), obs=y)
 
     x = torch.tensor([[1.0, 1.0], [1.0, 1.001], [0.5, 0.5]])
+    method = bnn.NUTS(chains=2, warmup=50, draws=50, max_tree_depth=2)
     with pytest.warns(bnn.ConvergenceWarning, match="tree depth"):
-        method = bnn.NUTS(chains=2, warmup=50, draws=50, max_tree_depth=2)
         bnn.fit(model, x, torch.ones(3), method=method)

@@ -44,7 +44,7 @@ def test_minibatch_scale_missing(monkeypatch):
     "check", [exact.check_regression_by_nuts, exact.check_regression_by_mean_field]
 )
 def test_prior_too_wide(check, monkeypatch):
-    """Tenfold data would hide it: the prior holds 1/51 of the precision, so sd x 1.5 moves means."""
+    """Tenfold data would hide it: the prior holds 1/51 of the precision."""
 
     def wide(x, y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.5).expand([2]).to_event(1))

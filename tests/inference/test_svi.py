@@ -213,9 +213,9 @@ def test_local_sites_and_minibatches_are_refused():
             pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
     x = torch.ones(6)
-    with pytest.raises(bnn.ModelError, match='"theta".*batch_size'):
+    with pytest.raises(bnn.ModelError, match=r'"theta".*batch_size'):
         bnn.fit(model, x, x, method=bnn.SVI(batch_size=2))
-    with pytest.raises(bnn.ModelError, match='"theta".*batch_size'):
+    with pytest.raises(bnn.ModelError, match=r'"theta".*batch_size'):
         bnn.fit(model, x, x, method=bnn.SVI(guide=AutoNormal, batch_size=2))
 
 

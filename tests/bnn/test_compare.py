@@ -1,0 +1,141 @@
+"""The table's numbers against the same numbers by hand."""
+
+import math
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import bnn
+
+pytestmark = pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(30, 2, generator=GENERATOR)
+Y = X[:, 0] - X[:, 1] + 0.5 * torch.randn(30, generator=GENERATOR)
+HELD_OUT = X[:8] + 0.1, Y[:8]
+
+
+def model(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def labelled(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Categorical(logits=x @ w), obs=y)
+
+
+@pytest.fixture(scope="module")
+def fits():
+    with pytest.warns(bnn.ConvergenceWarning):
+        return {
+            "few": bnn.fit(model, X, Y, method=bnn.SVI(steps=30, draws=50)),
+            "many": bnn.fit(model, X, Y, method=bnn.SVI(steps=400, draws=200)),
+        }
+
+
+def test_held_out_columns_are_those_computed_by_hand(fits):
+    table = bnn.compare(fits, data=HELD_OUT)
+    x, y = HELD_OUT
+    assert table.index.name == "held out"
+    assert list(table.columns) == ["log_score", "log_score_se", "rmse", "coverage_90", "seconds"]
+    for name, posterior in fits.items():
+        f = posterior.draws["w"][0] @ x.T  # (draw, row)
+        score = dist.Normal(f, 0.5).log_prob(y).double().exp().mean(0).log()
+        row = table.loc[name]
+        assert row["log_score"] == pytest.approx(score.mean().item(), abs=1e-4)
+        assert row["log_score_se"] == pytest.approx(score.std().item() / math.sqrt(8), abs=1e-4)
+        assert row["rmse"] == pytest.approx((f.mean(0) - y).square().mean().sqrt().item(), rel=1e-4)
+        lower, upper = np.quantile(posterior.predict(x).y[0], [0.05, 0.95], axis=0)
+        inside = (y.numpy() >= lower) & (y.numpy() <= upper)
+        assert row["coverage_90"] == pytest.approx(inside.mean())
+        assert row["seconds"] == posterior.seconds
+
+
+def test_the_best_log_score_comes_first(fits):
+    for data in (HELD_OUT, (X, Y)):
+        assert list(bnn.compare(fits, data=data).index) == ["many", "few"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_data_the_score_is_arvizs_leave_one_out(fits):
+    table = bnn.compare(fits)
+    assert table.index.name == "leave one out"
+    for name, posterior in fits.items():
+        loo = az.loo(posterior.to_arviz(), pointwise=True)
+        elpd = float(getattr(loo, "elpd", None) or loo.elpd_loo)
+        assert table.loc[name, "log_score"] == pytest.approx(elpd / 30, rel=1e-6)
+        assert table.loc[name, "log_score_se"] == pytest.approx(loo.se / 30, rel=1e-6)
+        assert table.loc[name, "high_k"] == int((loo.pareto_k > 0.7).sum())
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
+def test_leave_one_out_agrees_with_leaving_one_out(fits):
+    """The posterior without row i is Gaussian in closed form; S = 200 draws give about .02 nats."""
+    total = 0.0
+    for i in range(30):
+        rest = torch.arange(30) != i
+        precision = torch.eye(2) + X[rest].T @ X[rest] / 0.25
+        mean = torch.linalg.solve(precision, X[rest].T @ Y[rest] / 0.25)
+        variance = X[i] @ torch.linalg.solve(precision, X[i]) + 0.25
+        total += dist.Normal(X[i] @ mean, variance.sqrt()).log_prob(Y[i]).item()
+    assert bnn.compare(fits).loc["many", "log_score"] == pytest.approx(total / 30, abs=0.1)
+
+
+def test_a_mode_has_no_leave_one_out_and_the_table_says_so():
+    mode = bnn.fit(model, X, Y, method=bnn.MAP(steps=300, draws=40))
+    with pytest.warns(bnn.ApproximationWarning, match="rests on 30 of 30 rows"):
+        table = bnn.compare({"mode": mode})
+    inside = mode.log_score(X, Y).double().mean().item()
+    assert table.loc["mode", "log_score"] == pytest.approx(inside, abs=1e-4)
+    assert table.loc["mode", "high_k"] == 30
+
+
+def test_labels_are_scored_by_accuracy():
+    y = (X[:, 0] > 0).long()
+    posterior = bnn.fit(labelled, X, y, method=bnn.SVI(steps=200, draws=50))
+    table = bnn.compare({"labels": posterior}, data=(X, y))
+    right = posterior.predict(X).probs.argmax(-1) == y
+    assert table.loc["labels", "accuracy"] == pytest.approx(right.double().mean().item())
+    assert "rmse" not in table
+    assert "coverage_90" not in table
+
+
+def test_other_observations_need_held_out_data(fits):
+    other = bnn.fit(model, X, Y + 1, method=bnn.SVI(steps=30, draws=50))
+    with pytest.raises(bnn.DataError, match="different observations"):
+        bnn.compare(fits | {"other": other})
+    assert len(bnn.compare(fits | {"other": other}, data=HELD_OUT)) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "match"),
+    [
+        ((X[:0], Y[:0]), bnn.DataError, "no rows"),
+        ((X[0], Y[0]), bnn.DataError, "shape"),
+        ((X[:3], Y[:2]), bnn.DataError, "rows"),
+        ((X, Y[:, None]), bnn.DataError, "shape"),
+        ((X,), bnn.DataError, "Got 1 arguments"),
+        ((), bnn.DataError, "Got 0 arguments"),
+        (X, TypeError, r"Pass \(x_test, y_test\)"),
+        (3.0, TypeError, r"Pass \(x_test, y_test\)"),
+    ],
+    ids=["empty", "one row", "lengths", "column", "no y", "nothing", "tensor", "number"],
+)
+def test_held_out_data_of_another_form_are_refused(fits, data, kind, match):
+    with pytest.raises(kind, match=match):
+        bnn.compare(fits, data=data)
+
+
+def test_posteriors_come_by_name(fits):
+    with pytest.raises(bnn.DataError, match="no posteriors"):
+        bnn.compare({})
+    with pytest.raises(TypeError, match='Pass {"name": posterior'):
+        bnn.compare(fits["few"])
+    with pytest.raises(TypeError, match='Pass {"name": posterior'):
+        bnn.compare(list(fits.values()))
