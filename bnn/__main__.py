@@ -62,17 +62,15 @@ def run(options: argparse.Namespace) -> None:
         )
         print(f"  {posteriors[name].seconds:.0f} s; wrote {file}", flush=True)
     comparison = bnn.compare(posteriors, data=test)
-    print(
-        f"\nHeld-out rows (log score in nats a row{', rmse in units of the target' * (not table.labels)}):"
-    )
+    units = "" if table.labels else ", rmse in units of the target"
+    print(f"\nHeld-out rows (log score in nats a row{units}):")
     print(comparison.to_string(float_format=lambda v: f"{v:.3f}"))
     comparison.to_csv(folder / "comparison.csv")
     for file in draw(posteriors, test, table, folder):
         print(f"wrote {file}")
     print(f"Done in {time.perf_counter() - start:.0f} s. Open a posterior with")
-    print(
-        f'  import arviz as az; az.summary(az.from_netcdf("{folder / options.method[-1]}/posterior.nc"))'
-    )
+    file = folder / options.method[-1] / "posterior.nc"
+    print(f'  import arviz as az; az.summary(az.from_netcdf("{file}"))')
 
 
 def draw(
@@ -98,11 +96,13 @@ def draw(
             plots.truth(prediction, test[-1], unit=table.target, title=name.upper(), ax=ax)
         files.append(folder / "predictions.png")
         figure.savefig(files[-1], dpi=110)
+        pyplot.close(figure)
     figure, ax = pyplot.subplots(figsize=(4.8, 4.6), layout="constrained")
     plot = plots.reliability if table.labels else plots.coverage
     plot(predictions, test[-1], title="Calibration on held-out rows", ax=ax)
     files.append(folder / "calibration.png")
     figure.savefig(files[-1], dpi=110)
+    pyplot.close(figure)
     return files
 
 
@@ -113,12 +113,13 @@ class Table:
         import pandas
 
         if target not in frame.columns:
+            columns = ", ".join(map(str, frame.columns))
             raise bnn.DataError(
-                f'The table has no column "{target}" (columns: {", ".join(map(str, frame.columns))}). '
+                f'The table has no column "{target}" (columns: {columns}). '
                 "Pass one of them with --target."
             )
         frame = frame.replace([np.inf, -np.inf], np.nan)
-        if frame[target].isna().all():
+        if not len(frame[target].dropna()):
             raise bnn.DataError(f'The target "{target}" has no value in any row.')
         whole = frame.dropna(axis="columns", how="all").dropna()
         if lost := len(frame) - len(whole):
@@ -131,13 +132,14 @@ class Table:
         text = [c for c in whole.columns if not pandas.api.types.is_numeric_dtype(whole[c])]
         if wide := [c for c in text if whole[c].nunique() > CLASSES]:
             raise bnn.DataError(
-                f"The text columns {wide} have more than {CLASSES} different values. Drop or encode them."
+                f"The text columns {wide} have more than {CLASSES} different values. "
+                "Drop or encode them."
             )
         if text:
             print(f"note: the text columns {text} become one 0/1 column for each value.")
             whole = pandas.get_dummies(whole, columns=text, dtype=float)
         whole = whole.astype(float)
-        constant = [c for c in whole.columns if whole[c].nunique() == 1]
+        constant = [c for c in whole.columns if len(whole[c].unique()) == 1]
         if constant:
             print(f"note: the columns {constant} are constant; left out.")
         self.x = whole.drop(columns=constant)

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from bnn.errors import DataError
 
+_CELLS = 2**22  # draws x rows sorted at once; torch.quantile takes at most 2**24
+
 
 def interval_coverage(y_draws: Tensor, y: Tensor, level: float | Tensor) -> Tensor:
     """Share of observations inside the central interval of their predictive draws.
@@ -20,7 +22,7 @@ def interval_coverage(y_draws: Tensor, y: Tensor, level: float | Tensor) -> Tens
         Observed share for each level, dimensionless.
 
     Raises:
-        DataError: y and y_draws disagree on rows, or a level is not in (0, 1).
+        DataError: y and y_draws disagree on rows, or there are none; a level is not in (0, 1).
 
     References:
         Kuleshov, Fenner, Ermon (2018), Accurate uncertainties for deep learning using calibrated
@@ -36,12 +38,18 @@ def interval_coverage(y_draws: Tensor, y: Tensor, level: float | Tensor) -> Tens
             f"y_draws has shape (chain, draw, {', '.join(map(str, y_draws.shape[2:]))}) and y has "
             f"{tuple(y.shape)}: the rows must be the same."
         )
+    if not y_draws.numel():
+        raise DataError("There are no rows, or no draws, and coverage is a share of rows.")
     levels = torch.as_tensor(level, dtype=torch.float64)
-    if bool(((levels <= 0) | (levels >= 1)).any()):
+    if not bool(((levels > 0) & (levels < 1)).all()):
         raise DataError(f"A level is a probability in (0, 1), found {levels.tolist()}.")
-    pooled = y_draws.flatten(0, 1).double()
-    tails = torch.stack([(1 - levels) / 2, (1 + levels) / 2]).reshape(2, -1)  # (side, level)
-    lower, upper = (torch.quantile(pooled, side, dim=0) for side in tails)  # (level, row, *)
-    inside = (y >= lower) & (y <= upper)
-    share = inside.flatten(1).double().mean(1).to(torch.get_default_dtype())
+    tails = torch.stack([(1 - levels) / 2, (1 + levels) / 2]).flatten()
+    pooled, observed = y_draws.flatten(0, 1).flatten(1), y.flatten()  # (draw, cell), (cell,)
+    size = max(1, _CELLS // len(pooled))
+    inside = torch.zeros(levels.numel(), dtype=torch.float64)
+    for draws, truth in zip(pooled.split(size, 1), observed.split(size), strict=True):
+        ends = torch.quantile(draws.double(), tails, dim=0)
+        lower, upper = ends.unflatten(0, (2, -1))  # (level, cell) each
+        inside += ((truth >= lower) & (truth <= upper)).sum(1)
+    share = (inside / len(observed)).to(torch.get_default_dtype())
     return share.reshape(levels.shape)

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    tensors = {f"draws/{k}": v for k, v in posterior.draws.items()}
+    once = slice(1 if _is_repeated(posterior.draws) else None)
+    tensors = {f"draws/{k}": v[:, once] for k, v in posterior.draws.items()}
     tensors |= {f"params/{k}": v for k, v in posterior.params.items()}
     tensors |= {f"stats/{k}": v for k, v in posterior.stats.items()}
     if posterior.history is not None:
@@ -90,7 +92,8 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
     def group(name: str) -> dict[str, Tensor]:
         return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
 
-    draws, params = group("draws"), group("params")
+    repeated = manifest["repeated"]
+    draws, params = {k: _repeat(v, repeated) for k, v in group("draws").items()}, group("params")
     data = _data(manifest, group("data"), group("batch"), path)
     try:
         data, sites = contract.check(model, data)
@@ -200,11 +203,21 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
         "names": list(posterior.data.names),
         "columns": posterior.data.columns,
         "rows": posterior.data.rows,
+        "repeated": posterior.shape[1] if _is_repeated(posterior.draws) else 1,
         "elbo": _plain(posterior.elbo),
         "log_evidence": _plain(posterior.log_evidence),
         "seed": _plain(posterior.seed),
         "seconds": _plain(posterior.seconds),
     }
+
+
+def _is_repeated(draws: Mapping[str, Tensor]) -> bool:
+    """True if one draw stands for all of a chain without taking memory: a mode, repeated."""
+    return bool(draws) and all(v.shape[1] > 1 and v.stride(1) == 0 for v in draws.values())
+
+
+def _repeat(draws: Tensor, count: int) -> Tensor:
+    return draws.expand(-1, count, *draws.shape[2:]) if count > 1 and draws.ndim > 1 else draws
 
 
 def _check_manifest(manifest: Any) -> None:
@@ -216,6 +229,7 @@ def _check_manifest(manifest: Any) -> None:
         "names": texts,
         "columns": lambda v: isinstance(v, dict) and all(texts(c) for c in v.values()),
         "rows": whole,
+        "repeated": lambda v: whole(v) and 1 <= v < 2**31,
         "elbo": lambda v: v is None or number(v),
         "log_evidence": lambda v: v is None or number(v),
         "seed": whole,
@@ -324,5 +338,5 @@ def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bnn
+from bnn import calibration
 from bnn.calibration import interval_coverage
 
 EVENLY = torch.linspace(0, 1, 101).reshape(1, 101, 1)  # the central 90 % is [.05, .95]
@@ -55,6 +56,13 @@ def test_it_tells_a_wrong_width():
     assert abs(interval_coverage(draws, y, 0.9) - 0.9) < 4 * error
     assert interval_coverage(0.5 * draws, y, 0.9) < 0.9 - 15 * error
     assert interval_coverage(2.0 * draws, y, 0.9) > 0.9 + 4 * error
+
+
+def test_rows_are_taken_in_blocks(monkeypatch):
+    y, draws = torch.rand(50), torch.rand(2, 30, 50)
+    whole = interval_coverage(draws, y, [0.3, 0.8])
+    monkeypatch.setattr(calibration, "_CELLS", 7 * 60)
+    assert torch.equal(interval_coverage(draws, y, [0.3, 0.8]), whole)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 1), (), (0,)], ids=str)

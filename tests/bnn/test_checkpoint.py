@@ -308,6 +308,7 @@ def test_an_autoguide_comes_back_and_no_other_name_is_looked_up(tmp_path, fitted
         "pyro.infer.autoguide.init_to_feasible",
         "pyro.infer.autoguide.__builtins__",
         "pyro.infer.SVI",
+        "mine.AutoNormal",
         ["os", "system"],
     ):
         forge(
@@ -317,3 +318,20 @@ def test_an_autoguide_comes_back_and_no_other_name_is_looked_up(tmp_path, fitted
         )
         with pytest.warns(UserWarning, match="guide"):
             assert bnn.load(tmp_path / "fit", model).method.guide == "normal"
+
+
+def test_a_repeated_mode_is_stored_once(tmp_path):
+    """1,000 draws of one point take the room of one."""
+
+    def line(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([500]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w.sum() * x, 1.0), obs=y)
+
+    x = torch.linspace(0, 1, 20)
+    posterior = bnn.fit(line, x, x, method=bnn.MAP(steps=20, restarts=2))
+    posterior.save(tmp_path / "mode")
+    assert (tmp_path / "mode").stat().st_size < 50_000
+    loaded = bnn.load(tmp_path / "mode", line)
+    assert loaded.shape == (2, 1_000)
+    assert torch.equal(loaded.draws["w"], posterior.draws["w"])

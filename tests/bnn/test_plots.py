@@ -40,6 +40,7 @@ PLOTS = {
 
 @pytest.fixture(autouse=True)
 def _closed():
+    pyplot.close("all")  # what other tests of the process left
     yield
     pyplot.close("all")
 
