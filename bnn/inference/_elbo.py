@@ -15,7 +15,7 @@ from bnn.handlers import seeded
 from bnn.inference._energy import Energy
 from bnn.sites import Sites
 
-_EVALUATIONS = 20_000_000  # rows x draws that the final ELBO may cost
+_EVALUATIONS = 10_000_000  # rows x draws that the final ELBO may cost
 _AT_ONCE = 100_000  # rows x draws in memory together
 
 
@@ -44,7 +44,7 @@ class Bound:
         """The ELBO on all rows, from many draws; None where the rows are not at hand."""
         if data.loader is not None or sites.subsampled:
             return None
-        count = int(min(max(_EVALUATIONS // max(data.rows, 1), 16), 8_192))
+        count = int(min(max(_EVALUATIONS // max(data.rows, 1), 4), 8_192))
         step = min(512, max(1, _AT_ONCE // max(data.rows, 1)))
         parts = [min(step, count - i) for i in range(0, count, step)]
         values = [float(self(data.tensors, self.annealing, n)) * n for n in parts]

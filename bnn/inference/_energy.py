@@ -11,6 +11,7 @@ Pyro; how it is evaluated is decided here.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bnn.data import Data
+from bnn.data import Data, take
 from bnn.errors import FitError, ModelError
 from bnn.handlers import At, Capture, Score, branch, seeded
 from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
+
+_FEW = 100  # rows that a model is run on where only its latent sites are looked at
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Energy:
             for attempt in range(100):
                 with seeded(branch(seed, chain, attempt)), torch.no_grad():
                     z = centre + (self._prior_draw() - centre).clamp(-spread, spread)
-                    if torch.isfinite(self.log_joint(z, self._args())):
+                    if torch.isfinite(self.log_joint(z, self.data.tensors)):
                         points.append(z)
                         break
             else:
@@ -171,14 +174,23 @@ class Energy:
         with seeded(seed), torch.no_grad():
             return torch.stack([self._prior_draw() for _ in range(count)])
 
-    def _args(self) -> tuple[Any, ...]:
-        return self.data.tensors
-
     def _prior_draw(self) -> Tensor:
-        capture = Capture(self.sites.observed)
-        with capture:
-            self.model(*self._args())
+        with Capture(self.sites.observed) as capture:
+            self.model(*self._few)
         return self.flatten(capture.values)
+
+    @cached_property
+    def _few(self) -> tuple[Any, ...]:
+        """Arguments that show every latent site: a few rows, where no site belongs to a row."""
+        args = self.data.tensors
+        if self.sites.locals or self.sites.subsampled or len(args[-1]) <= _FEW:
+            return args
+        few = take(args, slice(0, _FEW))
+        try:
+            self.model(*few)
+        except Exception:  # the model states its number of rows
+            return args
+        return few
 
 
 class Gradient:

@@ -15,6 +15,8 @@ from bnn.method import Method, check_count, check_positive
 
 _WINDOWS = 40  # stretches that a full run is cut into when convergence is judged
 _DROPS = 2  # times a plateau cuts the learning rate by ten before it ends the fit
+_PATIENCE = 2  # judgements in a row: one alone is often chance where minibatches are noisy
+_BUDGET = (0.7, 0.9)  # shares of the steps by which each of these cuts comes at the latest
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
 
@@ -28,8 +30,9 @@ class Optimised(Method):
         learning_rate: Adam's, at the first step.
         batch_size: rows in a minibatch; None takes all rows at every step.
         schedule: "plateau" divides the learning rate by ten when the objective has stopped rising,
-            and ends the fit at the third time; "cosine" brings it to 0 over `steps`; "constant"
-            keeps it; or a callable of the step that gives the factor.
+            at the latest after .7 and .9 of the steps, and ends the fit at the third time;
+            "cosine" brings it to 0 over `steps`; "constant" keeps it; or a callable of the step
+            that gives the factor.
     """
 
     steps: int = 10_000
@@ -113,8 +116,7 @@ def _ascend(
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The loop itself: the history, and the averages of the last stretch."""
     optimiser = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
-    window = max(settings.steps // _WINDOWS, 10)
-    plateau = Plateau(window, settle) if settings.schedule == "plateau" else None
+    plateau = Plateau(settings.steps, settle) if settings.schedule == "plateau" else None
     history: list[float] = []
     rate, lost = 1.0, 0
     average: dict[str, Tensor] = {}
@@ -154,16 +156,15 @@ def _ascend(
                 for name, leaf in leaves.items():
                     held = average.setdefault(name, torch.zeros_like(leaf.detach()))
                     held += (leaf.detach() - held) / count
-            if plateau.full(history) and plateau.drops > _DROPS:
+            if plateau.ends(history):
                 break
-        else:
-            if plateau is not None and plateau.rising(history):
-                warnings.warn(
-                    f"{what} was still rising after {settings.steps} steps. Raise steps, or "
-                    f"learning_rate (now {settings.learning_rate:g}).",
-                    ConvergenceWarning,
-                    stacklevel=5,
-                )
+    if plateau is not None and plateau.cut:
+        warnings.warn(
+            f"{what}: the {label} was still rising when {settings.steps} steps ran short. Raise "
+            f"steps, or learning_rate (now {settings.learning_rate:g}).",
+            ConvergenceWarning,
+            stacklevel=5,
+        )
     return history, average
 
 
@@ -187,32 +188,38 @@ def _not_finite(value: Tensor, leaves: Mapping[str, Tensor]) -> str | None:
 
 
 class Plateau:
-    """Notices that a noisy objective has stopped rising.
+    """Notices that a noisy objective has stopped rising, and keeps to the budget of steps.
 
-    The objective is cut into stretches. It has stopped when the last stretch is no better than the
-    one before it by more than the noise of the difference of their means, or than float32 resolves.
+    It has stopped when the last sixth of the present stage (at least a window) is no better than
+    the sixth before by more than the noise of the difference of their means, or than float32
+    resolves. The stages that are still to come get the last .3 of the budget in any case.
     """
 
-    def __init__(self, window: int, start: int = 0):
-        self.window, self.drops, self.start = window, 0, start
+    def __init__(self, steps: int, start: int = 0):
+        self.steps, self.start, self.drops = steps, start, 0
+        self.window = max(steps // _WINDOWS, min(100, steps // 4), 1)
+        self.flat = 0  # judgements in a row that found it flat
+        self.cut = False  # the budget ended a stage in which the objective was still rising
 
-    def full(self, history: list[float]) -> bool:
-        """Judges at the end of a stretch; counts a drop where the objective has stopped."""
+    def ends(self, history: list[float]) -> bool:
+        """Judges after each step; counts the end of a stage. True at the end of the last one."""
         length = len(history) - self.start
-        if length < 2 * self.window or length % self.window:
-            return False
-        if self.rising(history):
-            return False
-        self.drops += 1
-        self.start = len(history)
-        return True
+        judged = length >= 2 * self.window and length % self.window == 0
+        short = self.drops < _DROPS and len(history) >= _BUDGET[self.drops] * self.steps
+        if judged:
+            self.flat = 0 if self.rising(history) else self.flat + 1
+        if short or self.flat == _PATIENCE:
+            self.cut = self.cut or (short and self.rising(history))
+            self.drops, self.start, self.flat = self.drops + 1, len(history), 0
+        return self.drops > _DROPS
 
     def rising(self, history: list[float]) -> bool:
         """True while the last stretch is above the one before by more than the noise."""
-        recent = torch.tensor(history[self.start :][-2 * self.window :], dtype=torch.float64)
-        if len(recent) < 2 * self.window:
+        width = max(self.window, (len(history) - self.start) // 6)
+        recent = torch.tensor(history[self.start :][-2 * width :], dtype=torch.float64)
+        if len(recent) < 2 * width:
             return False
-        first, second = recent[: self.window], recent[self.window :]
+        first, second = recent[:width], recent[width:]
         gain = second.mean() - first.mean()
-        noise = ((first.var() + second.var()) / self.window).sqrt()
+        noise = ((first.var() + second.var()) / width).sqrt()
         return bool(gain > torch.maximum(noise, _RESOLUTION + 1e-6 * second.mean().abs()))
