@@ -85,7 +85,10 @@ def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[st
             raise DataError("The held-out data have no rows, so there is nothing to score.")
         extra = {}
         each = posterior.log_score(*data).double()
-        score, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))
+        score, error = (
+            float(each.mean()),
+            (float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan),
+        )
     prediction = posterior.predict(*inputs)
     row = {"log_score": score, "log_score_se": error} | extra
     if prediction.probs is not None:

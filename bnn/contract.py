@@ -88,6 +88,7 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
                 f"{_name(model)} has nothing to infer: no latent site and no pyro.param. "
                 'Give a weight a prior: pyro.sample("w", dist.Normal(0., 1.)).'
             )
+        _check_masks(trace)
         _check_trace(model, data, sites)
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
 
@@ -276,6 +277,16 @@ def _check_trace(model: Model, data: Data, sites: Sites) -> None:
     _check_finite_density(log_joint, again, model)
     _check_same_sites(sites, _latent(again))
     _check_same_sites(sites, _at_mirror(model, data, _latent(again)))
+
+
+def _check_masks(trace: Any) -> None:
+    for name, node in _latent(trace).items():
+        mask = node["mask"]
+        if mask is not None and not bool(torch.as_tensor(mask).all()):
+            raise ModelError(
+                f'The latent site "{name}" is masked: where the mask is False it has no density, '
+                "and its posterior is not proper. Leave those rows out, or give them a prior."
+            )
 
 
 def _at_mirror(model: Model, data: Data, drawn: dict[str, Any]) -> dict[str, Any]:

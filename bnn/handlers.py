@@ -135,8 +135,14 @@ class Capture(Messenger):
 @contextmanager
 def quiet_pyro() -> Iterator[None]:
     """Pyro without argument checks (ours come first), and without its global parameter store."""
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        yield
+    checks = (
+        torch.distributions.Distribution._validate_args
+    )  # Pyro's switch would set it to its own
+    try:
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(checks)
 
 
 def branch(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequence:

@@ -101,6 +101,8 @@ class Posterior:
             ModelError: the model does not run with its observations set to None.
         """
         made = arguments.check_inputs(inputs, self.data)
+        if self.sites.subsampled:
+            raise _own_minibatch(self.sites)
         values, shape = self._pooled(draws)
         root = branch(_root(seed), _PREDICT)
         with self._parameters(made):
@@ -119,6 +121,8 @@ class Posterior:
             DataError: the data are not of the kind that the model was fitted to.
             ModelError: the model does not state its rows as independent.
         """
+        if self.sites.subsampled:
+            raise _own_minibatch(self.sites)
         args = self._training_tensors() if not data else arguments.check_arguments(data, self.data)
         axis = self.sites.row_axis
         if axis is None:
@@ -264,6 +268,13 @@ def _root(seed: int) -> Any:
     from bnn.fitting import seed_sequence
 
     return seed_sequence(seed)
+
+
+def _own_minibatch(sites: Sites) -> ModelError:
+    return ModelError(
+        f'The plate "{sites.plate}" draws a minibatch, so the model shows some of its rows only. '
+        "Leave subsample_size out of it and fit with batch_size, which scales by N/B too."
+    )
 
 
 def _row_log_prob(program: Model, args: tuple, sites: Sites) -> Callable[[Tensors], Tensor]:

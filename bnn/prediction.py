@@ -20,6 +20,7 @@ from torch.func import vmap
 from bnn.data import take
 from bnn.errors import ModelError
 from bnn.handlers import At, Capture, branch, quiet_pyro, seeded, unvalidated
+from bnn.observations import innermost
 
 if TYPE_CHECKING:
     from bnn.sites import Sites
@@ -297,9 +298,7 @@ def _moments(fn: Any) -> _Moments:
             torch.stack([m.noise for m in each]),  # type: ignore[misc]
             each[0].labels,
         )
-    base = fn
-    while isinstance(base, td.Independent):
-        base = base.base_dist
+    base = innermost(fn)
     if isinstance(base, td.Categorical | td.Bernoulli):
         probs = base.probs
         if isinstance(base, td.Bernoulli):
@@ -327,6 +326,9 @@ class _Pooled:
     def add(self, part: slice, first: int, fn: Any, values: dict[str, Tensor]) -> None:
         y, moments = fn.sample(), _moments(fn)
         self.labels = moments.labels
+        rows = y.shape[1:2]
+        if "f" in values and values["f"].shape[1:2] != rows:
+            del values["f"]  # a site of that name without a row axis: not the output before noise
         if "f" not in values and moments.expectation is not None:
             values["f"] = moments.expectation
         values["y"] = y

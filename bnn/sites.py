@@ -106,6 +106,25 @@ def require_all_rows(data: Data, sites: Sites, method: str) -> None:
         )
 
 
+def require_minibatches(sites: Sites, method: str) -> None:
+    """Refuses a model that cannot be shown some of its rows at a time.
+
+    Raises:
+        ModelError: no plate says which statements count once a row, or a site belongs to a row.
+    """
+    if sites.plate is None:
+        raise ModelError(
+            f"{method} on minibatches scales what is inside the data plate to all rows, and "
+            f'"{sites.observed}" is in none. Put it in: with pyro.plate("data", len(x)).'
+        )
+    if sites.locals:
+        raise ModelError(
+            f'{method} holds one value of "{sites.locals[0]}" for each row, and a minibatch shows '
+            "it some of the rows. Leave batch_size out, or pass a guide that computes the site "
+            "from its row."
+        )
+
+
 def require_no_parameters(sites: Sites, method: str) -> None:
     """Refuses trainable tensors without a prior, for the methods that cannot optimise them.
 

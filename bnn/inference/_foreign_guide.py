@@ -9,8 +9,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoLaplaceApproximation, AutoNormal
 from pyro.poutine.messenger import Messenger
+from torch.distributions import constraints
 
 from bnn.data import Data
 from bnn.errors import ModelError
@@ -25,7 +26,7 @@ from bnn.handlers import (
 from bnn.inference._optimise import maximise
 from bnn.method import Model
 from bnn.posterior import Posterior
-from bnn.sites import Sites, require_continuous
+from bnn.sites import Sites, require_continuous, require_minibatches
 
 if TYPE_CHECKING:
     from bnn.inference.svi import SVI
@@ -69,13 +70,17 @@ def fit_foreign(
     automatic = isinstance(guide, AutoGuide) or (
         inspect.isclass(guide) and issubclass(guide, AutoGuide)
     )
+    minibatch = bool(data.loader is not None or sites.subsampled or method.batch_size)
+    if minibatch and (automatic or sites.plate is None):
+        require_minibatches(sites, "SVI with this guide")
     if automatic:
         require_continuous(sites, repr(method))
-        if sites.locals and (method.batch_size or data.loader or sites.subsampled):
-            raise ModelError(
-                f'An autoguide holds one value of "{sites.locals[0]}" for each row, and a '
-                "minibatch shows it some of the rows. Leave batch_size out, or write a guide(x, y)."
-            )
+    kind = guide if inspect.isclass(guide) else type(guide)
+    if issubclass(kind, AutoLaplaceApproximation):
+        raise ModelError(
+            "AutoLaplaceApproximation is optimised as a point, and has no spread before Pyro's "
+            "laplace_approximation is called. Use AutoMultivariateNormal, or bnn.MAP()."
+        )
     rescale = Rescale(sites.plate, data.rows)
     with seeded(branch(seed, 2)), parameters(model, data.tensors):
         if inspect.isclass(guide):
@@ -85,31 +90,39 @@ def fit_foreign(
             guide = _copied(guide)  # the caller's guide keeps its state
         first = next(data.batches(method.batch_size, generator(branch(seed, 3))))
         _check_guide(guide, first, sites)
-        mean_field = isinstance(guide, AutoNormal | AutoDelta)
-        kind = TraceMeanField_ELBO if mean_field else Trace_ELBO
+        # Pyro's closed-form KL leaves out the Jacobian of a constrained site.
+        real = all(_is_real(site.support) for site in sites.latent.values())
+        bound = TraceMeanField_ELBO if real and isinstance(guide, AutoNormal) else Trace_ELBO
 
         def objective(batch: tuple[Any, ...], step: int, particles: int) -> torch.Tensor:
             rescale.weight = min(1.0, (step + 1) / (method.annealing + 1))
-            loss = kind(num_particles=particles).differentiable_loss
+            loss = bound(num_particles=particles).differentiable_loss
             with rescale:
                 return -loss(model, guide, *batch)
 
         objective(first, method.annealing, 1)  # creates what the guide optimises
+        leaves = dict(pyro.get_param_store().named_parameters())
+        before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         history = maximise(
             lambda batch, step: objective(batch, step, method.particles),
-            dict(pyro.get_param_store().named_parameters()),
+            leaves,
             data.batches(method.batch_size, generator(branch(seed, 3))),
             method,
             what="SVI",
             label="ELBO",
             progress=progress,
             settle=method.annealing,
+            minibatch=minibatch,
         )
         with torch.no_grad():
             args = first if data.loader is not None else data.tensors
             runs = [poutine.trace(guide).get_trace(*args) for _ in range(method.draws)]
-            elbo = float(objective(args, method.annealing, _EVALUATIONS))
-        params = constrained_parameters()
+            tail = float(history[-max(len(history) // 20, 1) :].mean())
+            whole = data.loader is None and not sites.subsampled
+            elbo = float(objective(args, method.annealing, _EVALUATIONS)) if whole else tail
+            params = constrained_parameters()
+            for name, leaf in leaves.items():  # a net that the guide closes over is the caller's
+                leaf.copy_(before[name])
     draws = {
         name: torch.stack([run.nodes[name]["value"] for run in runs])[None]
         for name in sites.latent
@@ -125,6 +138,12 @@ def fit_foreign(
         history=history,
         elbo=None if isinstance(guide, AutoDelta) else elbo,
     )
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 def _copied(guide: Any) -> Any:

@@ -15,7 +15,7 @@ from bnn.method import Method, check_count, check_positive
 
 _WINDOWS = 40  # stretches that a full run is cut into when convergence is judged
 _DROPS = 2  # times a plateau cuts the learning rate by ten before it ends the fit
-_PATIENCE = 2  # judgements in a row: one alone is often chance where minibatches are noisy
+_PATIENCE = 3  # judgements in a row: one alone is often chance
 _BUDGET = (0.7, 0.9)  # shares of the steps by which each of these cuts comes at the latest
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
@@ -30,7 +30,8 @@ class Optimised(Method):
         learning_rate: Adam's, at the first step.
         batch_size: rows in a minibatch; None takes all rows at every step.
         schedule: "plateau" divides the learning rate by ten when the objective has stopped rising,
-            at the latest after .7 and .9 of the steps, and ends the fit at the third time;
+            at the latest after .7 and .9 of the steps, and ends the fit at the third time; on
+            minibatches, whose noise hides a slow rise, exactly then;
             "cosine" brings it to 0 over `steps`; "constant" keeps it; or a callable of the step
             that gives the factor.
     """
@@ -63,6 +64,7 @@ def maximise(
     label: str,
     progress: bool,
     settle: int = 0,
+    minibatch: bool = False,
 ) -> Tensor:
     """Adam on the objective, its tensors changed in place.
 
@@ -79,6 +81,8 @@ def maximise(
         label: name of the objective, for the bar.
         progress: show the bar.
         settle: first steps whose objective is not yet the one wanted (annealing).
+        minibatch: the objective sees some of the rows at a time. Its noise would hide a slow rise,
+            so the budget alone ends the stages.
 
     Returns:
         The objective at each step, (step,).
@@ -92,7 +96,7 @@ def maximise(
     leaves = {name: tensors[name].requires_grad_() for name in unique}
     try:
         history, average = _ascend(
-            objective, leaves, batches, settings, what, label, progress, settle
+            objective, leaves, batches, settings, what, label, progress, settle, minibatch
         )
     finally:
         for name, leaf in leaves.items():
@@ -113,10 +117,11 @@ def _ascend(
     label: str,
     progress: bool,
     settle: int,
+    minibatch: bool,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The loop itself: the history, and the averages of the last stretch."""
     optimiser = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
-    plateau = Plateau(settings.steps, settle) if settings.schedule == "plateau" else None
+    plateau = Plateau(settings.steps, settle, minibatch) if settings.schedule == "plateau" else None
     history: list[float] = []
     rate, lost = 1.0, 0
     average: dict[str, Tensor] = {}
@@ -195,8 +200,8 @@ class Plateau:
     resolves. The stages that are still to come get the last .3 of the budget in any case.
     """
 
-    def __init__(self, steps: int, start: int = 0):
-        self.steps, self.start, self.drops = steps, start, 0
+    def __init__(self, steps: int, start: int = 0, minibatch: bool = False):
+        self.steps, self.start, self.drops, self.minibatch = steps, start, 0, minibatch
         self.window = max(steps // _WINDOWS, min(100, steps // 4), 1)
         self.flat = 0  # judgements in a row that found it flat
         self.cut = False  # the budget ended a stage in which the objective was still rising
@@ -206,7 +211,7 @@ class Plateau:
         length = len(history) - self.start
         judged = length >= 2 * self.window and length % self.window == 0
         short = self.drops < _DROPS and len(history) >= _BUDGET[self.drops] * self.steps
-        if judged:
+        if judged and not self.minibatch:
             self.flat = 0 if self.rising(history) else self.flat + 1
         if short or self.flat == _PATIENCE:
             self.cut = self.cut or (short and self.rising(history))

@@ -22,7 +22,7 @@ from bnn.inference._energy import Energy
 from bnn.inference._optimise import Optimised, maximise
 from bnn.method import Model, check_count
 from bnn.posterior import Posterior
-from bnn.sites import Sites, require_continuous
+from bnn.sites import Sites, require_continuous, require_minibatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,9 @@ class MAP(Optimised):
                 f"trainable tensors without a prior ({', '.join(sites.params[:3])}) have one value "
                 "only. Use restarts=1, or give them a prior."
             )
-        if sites.locals and (data.loader or sites.subsampled or self.batch_size):
-            raise ModelError(
-                f'MAP holds one value of "{sites.locals[0]}" for each row, and a minibatch '
-                "shows it some of the rows. Leave batch_size out."
-            )
+        minibatch = data.loader is not None or sites.subsampled or self.batch_size is not None
+        if minibatch:
+            require_minibatches(sites, "MAP")
         energy = Energy(model, data, sites)
         modes, histories, params = [], [], {}
         for restart, start in enumerate(energy.initial(self.restarts, branch(seed, 0))):
@@ -84,6 +82,7 @@ class MAP(Optimised):
                         label="log joint",
                         what=f"MAP {restart + 1}/{self.restarts}",
                         progress=progress,
+                        minibatch=minibatch,
                     )
                 )
                 params = constrained_parameters()

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from bnn.data import Data
-from bnn.errors import ModelError
 from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
 from bnn.inference._elbo import Bound
 from bnn.inference._energy import Energy
@@ -31,7 +30,7 @@ from bnn.inference._guide import FAMILIES
 from bnn.inference._optimise import Optimised, maximise
 from bnn.method import Model, check_count
 from bnn.posterior import Posterior
-from bnn.sites import Sites, require_continuous
+from bnn.sites import Sites, require_continuous, require_minibatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +90,8 @@ class SVI(Optimised):
             return fit_foreign(self, model, data, sites, seed=seed, progress=progress)
         require_continuous(sites, repr(self))
         minibatch = data.loader is not None or sites.subsampled or self.batch_size is not None
-        if sites.locals and minibatch:
-            raise ModelError(
-                f'SVI(guide="{self.guide}") holds one value of "{sites.locals[0]}" for each row, '
-                "and a minibatch shows it some of the rows. Leave batch_size out, or pass a guide "
-                "that computes the site from its row."
-            )
+        if minibatch:
+            require_minibatches(sites, f'SVI(guide="{self.guide}")')
         energy = Energy(model, data, sites)
         loc = energy.initial(1, branch(seed, 0))[0]
         scale = 0.1 * energy.prior_scale(branch(seed, 1))
@@ -114,6 +109,7 @@ class SVI(Optimised):
                     label="ELBO",
                     progress=progress,
                     settle=self.annealing,
+                    minibatch=minibatch,
                 )
                 with torch.no_grad():
                     z = family.sample(torch.randn, self.draws)[0]
