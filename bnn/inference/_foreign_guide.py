@@ -116,7 +116,7 @@ def fit_foreign(
         )
         with torch.no_grad():
             args = first if data.loader is not None else data.tensors
-            runs = [poutine.trace(guide).get_trace(*args) for _ in range(method.draws)]
+            runs: list[Any] = [poutine.trace(guide).get_trace(*args) for _ in range(method.draws)]
             tail = float(history[-max(len(history) // 20, 1) :].mean())
             whole = data.loader is None and not sites.subsampled
             elbo = float(objective(args, method.annealing, _EVALUATIONS)) if whole else tail
