@@ -23,7 +23,7 @@ from bnn.handlers import (
     unvalidated,
 )
 from bnn.method import Method, Model, Tensors
-from bnn.prediction import Prediction, predict
+from bnn.prediction import Prediction, predict, runs_on
 from bnn.sites import Sites
 
 if TYPE_CHECKING:
@@ -134,9 +134,10 @@ class Posterior:
         rows, count = len(args[-1]), math.prod(shape)
         out = args[-1].new_empty((count, rows), dtype=torch.get_default_dtype())
         split = not (self.sites.locals and not data) and self.sites.plate is not None
-        block = _ROWS if split else rows
         with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]):
             program = self.program
+            few = take(args, slice(0, _ROWS))
+            block = _ROWS if split and runs_on(program, values, few) else rows
             if data:
                 contract.check_rows(program, {k: v[0] for k, v in values.items()}, args, self.sites)
             for first in range(0, rows, block):

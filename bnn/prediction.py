@@ -148,9 +148,11 @@ def predict(
     """
     count = math.prod(shape)
     rows = next((len(x) for x in inputs if x.ndim), None)
-    block = rows if rows is None or sites.plate is None else _ROWS
     pooled = _Pooled(count, rows)
     with quiet_pyro(), torch.no_grad():
+        few = (*take(inputs, slice(0, _ROWS)), None)
+        apart = bool(rows) and sites.plate is not None and runs_on(program, draws, few)
+        block = _ROWS if apart else rows
         forward = _Forward(program, sites)
         for first in range(0, max(rows or 1, 1), block or 1):
             # No rows: one made-up row gives the shapes, and is left out when the draws are kept.
@@ -165,6 +167,16 @@ def predict(
                     fn, values = forward({k: v[part] for k, v in draws.items()}, batch, part)
                     pooled.add(part, first, fn, values)
     return pooled.prediction(shape, inputs)
+
+
+def runs_on(program: Callable[..., Any], draws: Mapping[str, Tensor], args: tuple) -> bool:
+    """True if a program runs on these rows; False where it states how many there are."""
+    try:
+        with seeded(np.random.SeedSequence(0)), At({k: v[0] for k, v in draws.items()}):
+            program(*args)
+    except Exception:  # what is really wrong shows when all rows are run
+        return False
+    return True
 
 
 def _one(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
