@@ -112,7 +112,7 @@ def fit_foreign(
             label="ELBO",
             progress=progress,
             settle=method.annealing,
-            minibatch=minibatch,
+            epoch=None if sites.subsampled else data.epoch(method.batch_size),
         )
         with torch.no_grad():
             args = first if data.loader is not None else data.tensors

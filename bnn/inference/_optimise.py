@@ -17,6 +17,10 @@ _WINDOWS = 40  # stretches that a full run is cut into when convergence is judge
 _DROPS = 2  # times a plateau cuts the learning rate by ten before it ends the fit
 _PATIENCE = 3  # judgements in a row: one alone is often chance
 _BUDGET = (0.7, 0.9)  # shares of the steps by which each of these cuts comes at the latest
+_PASSES = 4  # over the rows that a stretch of minibatches takes at least
+_TELLING = 0.3  # nats: minibatches whose mean over a stretch is noisier prove no convergence
+_MEMORY = (0.9, 0.99)  # Adam's. A scale starts many times too wide, with gradients thousands of
+# times those at the end: .999 would divide by them for 7,000 steps more
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
 
@@ -30,8 +34,9 @@ class Optimised(Method):
         learning_rate: Adam's, at the first step.
         batch_size: rows in a minibatch; None takes all rows at every step.
         schedule: "plateau" divides the learning rate by ten when the objective has stopped rising,
-            at the latest after .7 and .9 of the steps, and ends the fit at the third time; on
-            minibatches, whose noise hides a slow rise, exactly then;
+            at the latest after .7 and .9 of the steps, and ends the fit at the third time; exactly
+            then where minibatches are so small a part of the rows, or drawn by the model's own
+            plate, that their noise hides a slow rise;
             "cosine" brings it to 0 over `steps`; "constant" keeps it; or a callable of the step
             that gives the factor.
     """
@@ -64,13 +69,14 @@ def maximise(
     label: str,
     progress: bool,
     settle: int = 0,
-    minibatch: bool = False,
+    epoch: int | None = 1,
 ) -> Tensor:
     """Adam on the objective, its tensors changed in place.
 
     A step whose objective or gradient is not finite is left out and the learning rate halved;
-    three in a row end the fit. Under the "plateau" schedule the tensors returned are averaged over
-    the last stretch (Polyak), which takes out the noise of the steps.
+    three in a row end the fit. Under the "plateau" schedule each stage ends at the average over its
+    flat stretches, or where none is told over about its second half (Polyak): that takes out the
+    noise of the steps.
 
     Args:
         objective: of a batch and the step; larger is better.
@@ -81,8 +87,8 @@ def maximise(
         label: name of the objective, for the bar.
         progress: show the bar.
         settle: first steps whose objective is not yet the one wanted (annealing).
-        minibatch: the objective sees some of the rows at a time. Its noise would hide a slow rise,
-            so the budget alone ends the stages.
+        epoch: steps in one pass over the rows. The mean over a pass is free of the noise of the
+            choice of rows; None where there is no such pass, and the budget alone ends the stages.
 
     Returns:
         The objective at each step, (step,).
@@ -95,16 +101,13 @@ def maximise(
     unique = {id(leaf): name for name, leaf in reversed(list(tensors.items()))}.values()
     leaves = {name: tensors[name].requires_grad_() for name in unique}
     try:
-        history, average = _ascend(
-            objective, leaves, batches, settings, what, label, progress, settle, minibatch
+        history = _ascend(
+            objective, leaves, batches, settings, what, label, progress, settle, epoch
         )
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(trained[name])
             leaf.grad = None
-    with torch.no_grad():
-        for name, mean in average.items():
-            leaves[name].copy_(mean)
     return torch.tensor(history)
 
 
@@ -117,15 +120,14 @@ def _ascend(
     label: str,
     progress: bool,
     settle: int,
-    minibatch: bool,
-) -> tuple[list[float], dict[str, Tensor]]:
-    """The loop itself: the history, and the averages of the last stretch."""
-    optimiser = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate)
-    plateau = Plateau(settings.steps, settle, minibatch) if settings.schedule == "plateau" else None
+    epoch: int | None,
+) -> list[float]:
+    """The loop itself: the history."""
+    optimiser = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate, betas=_MEMORY)
+    plateau = Plateau(settings.steps, settle, epoch) if settings.schedule == "plateau" else None
     history: list[float] = []
     rate, lost = 1.0, 0
-    average: dict[str, Tensor] = {}
-    count = 0
+    average = _Average(leaves)
     with bar(settings.steps, what, progress) as shown:
         for step in range(settings.steps):
             factor = rate * _factor(settings, step, plateau)
@@ -156,12 +158,13 @@ def _ascend(
                 shown.set_postfix_str(f"{label} {recent:.5g}, learning rate {rate_now:.1g}", False)
             if plateau is None:
                 continue
-            if plateau.drops == _DROPS:  # the last stretch is averaged
-                count += 1
-                for name, leaf in leaves.items():
-                    held = average.setdefault(name, torch.zeros_like(leaf.detach()))
-                    held += (leaf.detach() - held) / count
-            if plateau.ends(history):
+            average.add()
+            verdict = plateau.judge(history)
+            if verdict == "over":
+                average.take()
+            elif verdict == "rising" or (plateau.flat == 0 and plateau.doubled(len(history))):
+                average.count = 0
+            if plateau.drops > _DROPS:
                 break
     if plateau is not None and plateau.cut:
         warnings.warn(
@@ -170,7 +173,7 @@ def _ascend(
             ConvergenceWarning,
             stacklevel=5,
         )
-    return history, average
+    return history
 
 
 def _factor(settings: Optimised, step: int, plateau: "Plateau | None") -> float:
@@ -192,39 +195,75 @@ def _not_finite(value: Tensor, leaves: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+class _Average:
+    """The running mean of the leaves since it was last emptied."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]):
+        self.leaves = [leaf.detach() for leaf in leaves.values()]
+        self.means = [torch.zeros_like(leaf) for leaf in self.leaves]
+        self.count = 0
+
+    def add(self) -> None:
+        self.count += 1
+        for mean, leaf in zip(self.means, self.leaves, strict=True):
+            mean.lerp_(leaf, 1 / self.count)
+
+    def take(self) -> None:
+        """Sets the leaves to their mean."""
+        for mean, leaf in zip(self.means, self.leaves, strict=True):
+            leaf.copy_(mean)
+        self.count = 0
+
+
 class Plateau:
     """Notices that a noisy objective has stopped rising, and keeps to the budget of steps.
 
     It has stopped when the last sixth of the present stage (at least a window) is no better than
     the sixth before by more than the noise of the difference of their means, or than float32
-    resolves. The stages that are still to come get the last .3 of the budget in any case.
+    resolves. The stages that are still to come get the last .3 of the budget in any case. Means
+    are taken over whole passes of the rows, in which the noise of minibatches cancels.
     """
 
-    def __init__(self, steps: int, start: int = 0, minibatch: bool = False):
-        self.steps, self.start, self.drops, self.minibatch = steps, start, 0, minibatch
-        self.window = max(steps // _WINDOWS, min(100, steps // 4), 1)
+    def __init__(self, steps: int, start: int = 0, epoch: int | None = 1):
+        self.steps, self.start, self.drops = steps, start, 0
+        window = max(steps // _WINDOWS, min(100, steps // 4), 1)
+        self.judges = epoch is not None and _PASSES * epoch * 2 * _PATIENCE <= steps
+        self.epoch = epoch if epoch and self.judges else 1
+        passes = -(-window // self.epoch)
+        self.window = (max(passes, _PASSES) if self.epoch > 1 else passes) * self.epoch
         self.flat = 0  # judgements in a row that found it flat
         self.cut = False  # the budget ended a stage in which the objective was still rising
 
-    def ends(self, history: list[float]) -> bool:
-        """Judges after each step; counts the end of a stage. True at the end of the last one."""
+    def judge(self, history: list[float]) -> str:
+        """After each step: "rising", "flat", "over" (a stage, which it counts); "" untold."""
         length = len(history) - self.start
         judged = length >= 2 * self.window and length % self.window == 0
         short = self.drops < _DROPS and len(history) >= _BUDGET[self.drops] * self.steps
-        if judged and not self.minibatch:
-            self.flat = 0 if self.rising(history) else self.flat + 1
+        verdict = self.trend(history) if short or (judged and self.judges) else ""
+        self.flat = {"rising": 0, "flat": self.flat + 1, "": self.flat}[verdict]
         if short or self.flat == _PATIENCE:
-            self.cut = self.cut or (short and self.rising(history))
+            self.cut = self.cut or (short and verdict == "rising")
             self.drops, self.start, self.flat = self.drops + 1, len(history), 0
-        return self.drops > _DROPS
+            return "over"
+        return verdict
 
-    def rising(self, history: list[float]) -> bool:
-        """True while the last stretch is above the one before by more than the noise."""
-        width = max(self.window, (len(history) - self.start) // 6)
+    def doubled(self, length: int) -> bool:
+        """True where the stage has become twice, four times, ... as long as a window."""
+        windows, rest = divmod(length - self.start, self.window)
+        return rest == 0 and windows.bit_count() == 1
+
+    def trend(self, history: list[float]) -> str:
+        """Rising while the last stretch is above the one before by more than the noise, else flat.
+
+        Untold, "", where the noise of minibatches could hide a gain that matters.
+        """
+        width = max(self.window, (len(history) - self.start) // 6 // self.epoch * self.epoch)
         recent = torch.tensor(history[self.start :][-2 * width :], dtype=torch.float64)
         if len(recent) < 2 * width:
-            return False
-        first, second = recent[:width], recent[width:]
+            return ""
+        first, second = recent.reshape(2, -1, self.epoch).mean(2)  # (pass,) each
         gain = second.mean() - first.mean()
-        noise = ((first.var() + second.var()) / width).sqrt()
-        return bool(gain > torch.maximum(noise, _RESOLUTION + 1e-6 * second.mean().abs()))
+        noise = ((first.var() + second.var()) / len(first)).sqrt()
+        if gain > torch.maximum(noise, _RESOLUTION + 1e-6 * second.mean().abs()):
+            return "rising"
+        return "" if self.epoch > 1 and noise > _TELLING else "flat"

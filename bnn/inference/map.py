@@ -82,7 +82,7 @@ class MAP(Optimised):
                         label="log joint",
                         what=f"MAP {restart + 1}/{self.restarts}",
                         progress=progress,
-                        minibatch=minibatch,
+                        epoch=None if sites.subsampled else data.epoch(self.batch_size),
                     )
                 )
                 params = constrained_parameters()

@@ -109,7 +109,7 @@ class SVI(Optimised):
                     label="ELBO",
                     progress=progress,
                     settle=self.annealing,
-                    minibatch=minibatch,
+                    epoch=None if sites.subsampled else data.epoch(self.batch_size),
                 )
                 with torch.no_grad():
                     z = family.sample(torch.randn, self.draws)[0]

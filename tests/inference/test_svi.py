@@ -28,6 +28,12 @@ def test_minibatches_find_the_same_optimum():
     check_regression_by_mean_field(batch_size=10, steps=10_000, particles=2)
 
 
+def test_minibatches_stop_when_the_bound_has_converged(regression):
+    method = bnn.SVI(batch_size=10, particles=2)
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=1)
+    assert len(posterior.history) < 7_000  # the first stage alone may take so many
+
+
 def test_a_plate_that_subsamples_finds_the_same_optimum(regression):
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
@@ -232,7 +238,7 @@ def test_data_from_a_loader(regression):
     assert posterior.log_likelihood(regression.x, regression.y).shape == (1, 1_000, 50)
 
 
-@pytest.mark.parametrize("batch_size", [20, 256])
+@pytest.mark.parametrize("batch_size", [None, 20, 256])
 def test_minibatches_of_many_rows_reach_the_width(batch_size):
     """2,000 rows: q starts nine times too wide, and the ELBO's noise hides its last gains."""
 
@@ -244,9 +250,12 @@ def test_minibatches_of_many_rows_reach_the_width(batch_size):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2_000, generator=generator)
     y = 0.7 * x + 0.5 * torch.randn(2_000, generator=generator)
-    posterior = bnn.fit(line, x, y, method=bnn.SVI(batch_size=batch_size))
     exact = (1 + (x**2).sum() / 0.25) ** -0.5
-    assert 0.9 < posterior.params["guide.log_scale"].exp() / exact < 1.1
+    for seed in range(2):
+        posterior = bnn.fit(line, x, y, method=bnn.SVI(batch_size=batch_size), seed=seed)
+        assert 0.9 < posterior.params["guide.log_scale"].exp() / exact < 1.1
+    if batch_size is None:
+        assert len(posterior.history) < 8_000  # all rows: it converges before the budget ends
 
 
 def test_autonormal_keeps_the_jacobian_of_a_positive_site():
