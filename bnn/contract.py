@@ -19,7 +19,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bnn.arguments import call_of
-from bnn.data import Data, shape_of
+from bnn.data import Data, shape_of, take_filled
 from bnn.errors import DataError, DataWarning, ModelError
 from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
 from bnn.method import Model
@@ -73,7 +73,7 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             plate=plate,
             row_axis=_row_axis(site, frame, data),
             rows=data.rows,
-            subsampled=subsampled,
+            subsample_size=frame.size if subsampled else None,
             params=tuple(n for n, node in trace.nodes.items() if node["type"] == "param"),
             seams={
                 n: _seam(node, plate, data)
@@ -110,10 +110,11 @@ def check_prior(model: Model, inputs: tuple[Tensor, ...], names: tuple[str, ...]
             f"{_name(model)} states no site when its observations are None. "
             "Keep pyro.sample outside of any `if y is not None`."
         )
-    frames = [f for f in last["cond_indep_stack"] if rows in (f.size, f.full_size)]
-    plate = frames[0].name if frames else None
+    frame = next((f for f in last["cond_indep_stack"] if rows in (f.size, f.full_size)), None)
+    plate = frame.name if frame else None
+    part = frame.size if frame and frame.size != frame.full_size else None
     found = {name: _site(node, plate) for name, node in latent}
-    return Sites(found, observed, plate, 0, rows, False, (), {}, True, names)
+    return Sites(found, observed, plate, 0, rows, part, (), {}, True, names)
 
 
 def check_rows(
@@ -124,6 +125,9 @@ def check_rows(
     Raises:
         DataError: another shape than the site's, or values outside its support.
     """
+    whole = args[-1]
+    if sites.subsample_size is not None:
+        args = take_filled(args, 0, sites.subsample_size)
     data = Data(args, sites.names, rows=len(args[-1]))
     capture = Capture(sites.observed)
     with told(program, data), capture, At(draw):
@@ -131,6 +135,8 @@ def check_rows(
     site = {"name": sites.observed, "fn": capture.fn, "value": capture.value}
     check_shape(site, data, None)
     check_support(capture.fn, capture.value, data.names[-1], sites.observed)
+    if sites.subsampled and same_for_every_row(capture.fn.support):
+        check_support(capture.fn, whole, data.names[-1], sites.observed)
 
 
 def _name(model: Model) -> str:

@@ -43,7 +43,7 @@ def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> A
     data, sites = posterior.data, posterior.sites
     y = sites.observed
     rowed = {k for k, site in (sites.latent | sites.seams).items() if site.local and site.shape}
-    kept = data.loader is None and not sites.subsampled
+    kept = data.loader is None
     draws = posterior.draws | (posterior.deterministic() if kept else {})
     groups: dict[str, Variables] = {"posterior": _draws(draws, rowed)}
     if kept and sites.row_axis is not None:

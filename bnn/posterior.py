@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnn import arguments, contract
-from bnn.data import Data, take
+from bnn.data import Data, take, take_filled
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
     At,
@@ -101,8 +101,6 @@ class Posterior:
             ModelError: the model does not run with its observations set to None.
         """
         made = arguments.check_inputs(inputs, self.data)
-        if self.sites.subsampled:
-            raise _own_minibatch(self.sites)
         values, shape = self._pooled(draws)
         root = branch(_root(seed), _PREDICT)
         with self._parameters(made):
@@ -121,8 +119,6 @@ class Posterior:
             DataError: the data are not of the kind that the model was fitted to.
             ModelError: the model does not state its rows as independent.
         """
-        if self.sites.subsampled:
-            raise _own_minibatch(self.sites)
         args = self._training_tensors() if not data else arguments.check_arguments(data, self.data)
         axis = self.sites.row_axis
         if axis is None:
@@ -136,12 +132,16 @@ class Posterior:
         split = not (self.sites.locals and not data) and self.sites.plate is not None
         with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]):
             program = self.program
-            few = take(args, slice(0, _ROWS))
-            block = _ROWS if split and runs_on(program, values, few) else rows
+            block = self.sites.subsample_size
+            if block is None:
+                few = take(args, slice(0, _ROWS))
+                block = _ROWS if split and runs_on(program, values, few) else rows
             if data:
                 contract.check_rows(program, {k: v[0] for k, v in values.items()}, args, self.sites)
             for first in range(0, rows, block):
                 batch = take(args, slice(first, first + block))
+                if self.sites.subsampled:
+                    batch = take_filled(args, first, block)
                 step = max(1, _CELLS // len(batch[-1]))
                 for start in range(0, count, step):
                     part = slice(start, min(start + step, count))
@@ -150,7 +150,7 @@ class Posterior:
                             _row_log_prob(program, batch, self.sites),
                             {k: v[part] for k, v in values.items()},
                             part.stop - part.start,
-                        )
+                        )[:, : rows - first]
         return out.reshape(*shape, rows)
 
     def deterministic(self, *names: str) -> Tensors:
@@ -165,12 +165,16 @@ class Posterior:
         """
         args = self._training_tensors()
         values, shape = self._pooled(None, local=True)
-        small = {k for k, v in self.sites.seams.items() if not v.local or len(v.shape) == 1}
+        known = self.sites.seams
+        if self.sites.subsample_size is not None:
+            known = {k: v for k, v in known.items() if not v.local}  # a run shows some rows only
+            args = take_filled(args, 0, self.sites.subsample_size)
+        small = {k for k, v in known.items() if not v.local or len(v.shape) == 1}
         wanted = set(names) or small - {"f"}
-        if unknown := wanted - set(self.sites.seams):
+        if unknown := wanted - set(known):
             raise ModelError(
                 f"The model has no deterministic site {sorted(unknown)}; it announces "
-                f"{sorted(self.sites.seams) or 'none'}."
+                f"{sorted(known) or 'none'}."
             )
         if not wanted:
             return {}
@@ -248,10 +252,6 @@ class Posterior:
     def _training_tensors(self) -> tuple[Tensor, ...]:
         if self.data.loader is not None:
             raise DataError("The training rows came from a loader and are not kept. Pass the data.")
-        if self.sites.subsampled:
-            raise ModelError(
-                "The model draws its own minibatch. Pass the data it should be scored on."
-            )
         return self.data.tensors
 
     @contextmanager
@@ -271,19 +271,13 @@ def _root(seed: int) -> Any:
     return seed_sequence(seed)
 
 
-def _own_minibatch(sites: Sites) -> ModelError:
-    return ModelError(
-        f'The plate "{sites.plate}" draws a minibatch, so the model shows some of its rows only. '
-        "Leave subsample_size out of it and fit with batch_size, which scales by N/B too."
-    )
-
-
 def _row_log_prob(program: Model, args: tuple, sites: Sites) -> Callable[[Tensors], Tensor]:
     """Log p(y | x, draw), summed over everything but the row, as a function of the draw: (row,)."""
 
     def at(draw: Tensors) -> Tensor:
         with Capture(sites.observed) as capture, At(draw):
             program(*args)
+        capture.require_every_row()
         log_prob = unvalidated(capture.fn).log_prob(capture.value)
         if capture.mask is not None:
             log_prob = log_prob * capture.mask

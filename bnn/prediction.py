@@ -17,7 +17,7 @@ import torch.distributions as td
 from torch import Tensor
 from torch.func import vmap
 
-from bnn.data import take
+from bnn.data import take, take_filled
 from bnn.errors import ModelError
 from bnn.handlers import At, Capture, branch, quiet_pyro, seeded, unvalidated
 from bnn.observations import innermost
@@ -151,14 +151,20 @@ def predict(
     pooled = _Pooled(count, rows)
     with quiet_pyro(), torch.no_grad():
         few = (*take(inputs, slice(0, _ROWS)), None)
-        apart = bool(rows) and sites.plate is not None and runs_on(program, draws, few)
-        block = _ROWS if apart else rows
+        block = sites.subsample_size  # a plate that draws so many takes all of so many
+        if block is None:
+            apart = bool(rows) and sites.plate is not None and runs_on(program, draws, few)
+            block = _ROWS if apart else rows
         forward = _Forward(program, sites)
         for first in range(0, max(rows or 1, 1), block or 1):
-            # No rows: one made-up row gives the shapes, and is left out when the draws are kept.
+            # No rows: made-up rows give the shapes, and are left out when the draws are kept.
             batch = inputs
-            if rows is not None:
-                batch = take(inputs, slice(first, first + (block or 1))) if rows else _one(inputs)
+            if rows == 0:
+                batch = _made_up(inputs, block or 1)
+            elif sites.subsample_size is not None:
+                batch = take_filled(inputs, first, sites.subsample_size)
+            elif rows is not None:
+                batch = take(inputs, slice(first, first + (block or 1)))
             here = next((len(x) for x in batch if x.ndim), 1)
             step = max(1, _CELLS // max(here, 1))
             for start in range(0, count, step):
@@ -179,8 +185,8 @@ def runs_on(program: Callable[..., Any], draws: Mapping[str, Tensor], args: tupl
     return True
 
 
-def _one(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.new_zeros((1, *x.shape[1:])) if x.ndim else x for x in inputs)
+def _made_up(inputs: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_zeros((rows, *x.shape[1:])) if x.ndim else x for x in inputs)
 
 
 class _Forward:
@@ -243,6 +249,7 @@ class _Forward:
                 f'The program did not reach the site "{self.observed}" with its observations set '
                 "to None. Keep that statement outside of any `if y is not None`."
             )
+        capture.require_every_row()
         return capture
 
 
@@ -349,14 +356,19 @@ class _Pooled:
             self._keep(name, part, first, value)
         centre = y if moments.expectation is None else moments.expectation
         noise = torch.full_like(centre, math.nan) if moments.noise is None else moments.noise
+        centre, noise = (self._asked_for(first, each) for each in (centre, noise))
         self._accumulate(first, centre.double(), noise.double())
 
     def _keep(self, name: str, part: slice, first: int, value: Tensor) -> None:
         if name not in self.kept:
             rows = value.shape[1:2] if self.rows is None else (self.rows,)
             self.kept[name] = value.new_empty((self.count, *rows, *value.shape[2:]))
-        here = slice(first, first + value.shape[1]) if self.rows != 0 else slice(0, 0)
-        self.kept[name][part, here] = value if self.rows != 0 else value[:, :0]
+        value = self._asked_for(first, value)
+        self.kept[name][part, first : first + value.shape[1]] = value
+
+    def _asked_for(self, first: int, value: Tensor) -> Tensor:
+        """(draw, row, *) without rows that only filled a block up."""
+        return value if self.rows is None else value[:, : self.rows - first]
 
     def _accumulate(self, first: int, centre: Tensor, noise: Tensor) -> None:
         """Merges a stretch of draws into its block's moments (Chan, Golub, LeVeque 1983)."""
@@ -377,8 +389,7 @@ class _Pooled:
         dtype = draws["f"].dtype if draws["f"].is_floating_point() else torch.get_default_dtype()
 
         def joined(name: str) -> Tensor:
-            whole = torch.cat([self.sums[k][name] for k in sorted(self.sums)])
-            return (whole[:0] if self.rows == 0 else whole).to(dtype)
+            return torch.cat([self.sums[k][name] for k in sorted(self.sums)]).to(dtype)
 
         centre, noise = joined("mean"), joined("noise")
         if self.labels:

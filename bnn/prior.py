@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnn import contract
 from bnn.arguments import argument_names
-from bnn.data import tensors
+from bnn.data import take_filled, tensors
 from bnn.handlers import Capture, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
@@ -57,10 +57,11 @@ def prior_draws(
     """Draws of the latent sites, (1, draw, *site) each, and the prior predictive."""
     root = np.random.SeedSequence(seed)
     runs = []
+    rows = inputs if sites.subsample_size is None else take_filled(inputs, 0, sites.subsample_size)
     with quiet_pyro(), seeded(branch(root, 0)), torch.no_grad():
         for _ in range(draws):
             with Capture(sites.observed) as capture:
-                model(*inputs, None)
+                model(*rows, None)
             runs.append({k: capture.values[k] for k in sites.latent})
     latent = {k: torch.stack([run[k] for run in runs]).detach() for k in sites.latent}
     outside = {k: v for k, v in latent.items() if k in sites.globals}

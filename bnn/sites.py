@@ -46,7 +46,7 @@ class Sites:
         row_axis: axis of the observed site's log density, counted from the left, that is the row;
             None where the rows are not independent statements.
         rows: number of rows.
-        subsampled: True if the model's own plate draws a minibatch.
+        subsample_size: rows that the model's own plate draws at a time; None where it takes all.
         params: names of trainable tensors without a prior.
         seams: deterministic sites by name.
         predicts: True if the model runs with its observations set to None.
@@ -57,7 +57,7 @@ class Sites:
     plate: str | None
     row_axis: int | None
     rows: int
-    subsampled: bool
+    subsample_size: int | None
     params: tuple[str, ...]
     seams: dict[str, Site]
     predicts: bool
@@ -67,6 +67,11 @@ class Sites:
     def globals(self) -> tuple[str, ...]:
         """Latent sites outside the data plate: the ones whose draws carry over to new rows."""
         return tuple(name for name, site in self.latent.items() if not site.local)
+
+    @property
+    def subsampled(self) -> bool:
+        """True if the model's own plate draws a minibatch."""
+        return self.subsample_size is not None
 
     @property
     def locals(self) -> tuple[str, ...]:

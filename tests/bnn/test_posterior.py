@@ -165,6 +165,46 @@ def test_labels_have_entropies_and_they_add_up(rows):
         got.std  # noqa: B018
 
 
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_a_plate_that_draws_a_minibatch_shows_every_row_after_the_fit(rows):
+    """The same draws through the model without subsample_size give the same numbers."""
+
+    def subsamples(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x), subsample_size=7) as part:
+            f = pyro.deterministic("f", x[part] @ w)
+            pyro.sample("y", dist.Normal(f, 0.5), obs=None if y is None else y[part])
+
+    x, y = rows
+    posterior = bnn.fit(subsamples, x, y, method=SHORT)
+    w = posterior.draws["w"]
+    for new in (x, x[:3], x[:7], x[:1], x[:0]):
+        prediction = posterior.predict(new)
+        torch.testing.assert_close(prediction.f, torch.einsum("cdj,rj->cdr", w, new))
+        assert prediction.y.shape == (1, 50, len(new))
+        assert prediction.mean.shape == (len(new),)
+    exact = torch.distributions.Normal(torch.einsum("cdj,rj->cdr", w, x), 0.5).log_prob(y)
+    torch.testing.assert_close(posterior.log_likelihood(), exact)
+    torch.testing.assert_close(posterior.log_likelihood(x[:3], y[:3]), exact[:, :, :3])
+    groups = posterior.to_arviz()
+    assert groups["log_likelihood"]["y"].shape == groups["posterior_predictive"]["y"].shape
+    assert bnn.prior_predictive(subsamples, x, draws=5).y.shape == (1, 5, len(x))
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_a_plate_that_draws_whichever_rows_it_is_given_is_refused(rows):
+    x, y = rows
+
+    def model(x_new, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x), subsample_size=7) as part:
+            pyro.sample("y", dist.Normal(x[part] @ w, 0.5), obs=None if y is None else y[part])
+
+    posterior = bnn.fit(model, x, y, method=SHORT)
+    with pytest.raises(bnn.ModelError, match=r"draws 7 of \d+ rows .*len\(x\)"):
+        posterior.predict(x)
+
+
 def test_predictive_draws_carry_the_observation_noise():
     check_predictive_noise()
 
