@@ -11,6 +11,7 @@ from bnn.errors import (
     DataWarning,
     FitError,
     ModelError,
+    PerformanceWarning,
 )
 from bnn.fitting import fit
 from bnn.inference import MAP, NUTS, SVI
@@ -31,6 +32,7 @@ __all__ = [
     "FitError",
     "Method",
     "ModelError",
+    "PerformanceWarning",
     "Posterior",
     "Prediction",
     "compare",

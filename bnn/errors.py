@@ -35,5 +35,9 @@ class ApproximationWarning(UserWarning):
     """The answer is of another kind than one might think, and the message says which."""
 
 
+class PerformanceWarning(UserWarning):
+    """The answer is right and takes longer than it could, and the message says why."""
+
+
 class DataWarning(UserWarning):
     """The data can be used, and something about them probably was not meant."""

@@ -8,7 +8,6 @@ The methods see this function and its gradient, batched over chains or particles
 Pyro; how it is evaluated is decided here.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import vmap
 
 from bnn.data import Data, take
 from bnn.errors import FitError, ModelError
@@ -191,98 +189,3 @@ class Energy:
         except Exception:  # the model states its number of rows
             return args
         return few
-
-
-class Gradient:
-    """Potential U(z) = -log p(z, data) and its gradient for a fixed number of lanes, in NumPy.
-
-    The model is traced once to a flat graph of tensor operations, which spares Pyro's Python at
-    every call. A trace can be wrong without a word (a random operation, a branch on a value), so
-    it is used only after it has agreed with the untraced model at fresh points of both signs.
-    Every lane is computed by the same operations at the same place of the same shapes, whatever
-    the other lanes hold: a chain does not depend on how many others there are.
-    """
-
-    def __init__(self, energy: Energy, lanes: int, seed: np.random.SeedSequence):
-        self.energy, self.lanes = energy, lanes
-        args = energy.data.tensors
-
-        def potential(z: Tensor) -> Tensor:
-            return -energy.log_joint(z, args)
-
-        self._potential = potential
-        self._batched = vmap(grad_and_value(potential))
-        noise = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
-        points = [torch.randn(lanes, energy.size, generator=noise) * s for s in (0.5, 0.5, 1.0)]
-        self._check_deterministic(points[0])
-        self.route, self._call = self._choose(points)
-
-    def __call__(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(lane, size) -> potential (lane,) and gradient (lane, size), float64."""
-        gradient, value = self._call(torch.from_numpy(z).to(torch.get_default_dtype()))
-        return value.numpy().astype(np.float64), gradient.numpy().astype(np.float64)
-
-    def _choose(self, points: list[Tensor]) -> tuple[str, Callable[[Tensor], Any]]:
-        exact = self._looped
-        try:
-            reference = [self._batched(p) for p in points]
-            if all(_close(a, exact(p)) for a, p in zip(reference, points, strict=True)):
-                exact = self._batched
-        except Exception:  # the loop over lanes serves every model
-            return "looped", exact
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch announces the end of torch.jit in 3.0
-                with torch.no_grad():
-                    graph: Any = make_fx(self._batched)(points[0])
-                    whole: Any = torch.jit.trace(graph, points[0], check_trace=False)
-                    traced = torch.jit.freeze(whole.eval())
-                agrees = all(
-                    _close(traced(p), self._looped(p)) for p in (*points, *[-p for p in points])
-                )
-            if agrees:
-                return "traced", lambda z: _no_grad(traced, z)
-        except Exception:  # control flow that depends on values, or an operator without a trace
-            pass
-        return ("vmapped" if exact is self._batched else "looped"), exact
-
-    def _looped(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        gradients, values = [], []
-        for lane in z:
-            lane = lane.detach().requires_grad_()
-            with torch.enable_grad():
-                value = self._potential(lane)
-                (gradient,) = torch.autograd.grad(value, lane)
-            gradients.append(gradient)
-            values.append(value.detach())
-        return torch.stack(gradients), torch.stack(values)
-
-    def _check_deterministic(self, z: Tensor) -> None:
-        with torch.no_grad():
-            first, second = self._potential(z[0]), self._potential(z[0])
-        if not torch.equal(first, second) and not (torch.isnan(first) and torch.isnan(second)):
-            raise ModelError(
-                "The log density differs between two runs at the same draw: the model is random "
-                "beyond its sample statements. Is a dropout or batch norm layer in training mode? "
-                "Call net.eval()."
-            )
-
-
-def _no_grad(function: Callable[[Tensor], Any], z: Tensor) -> Any:
-    with torch.inference_mode():
-        return function(z)
-
-
-def _close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    """True if two results agree to rounding, measured against each lane's largest entry."""
-    tolerance = 1e-4 if first[0].dtype == torch.float32 else 1e-9
-    for a, b in zip(first, second, strict=True):
-        finite = torch.isfinite(b)
-        if not torch.equal(finite, torch.isfinite(a)):
-            return False
-        a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
-        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-        size = 1 + b.abs().amax(1)
-        if float(((a - b).abs().amax(1) / size).max()) > tolerance:
-            return False
-    return True

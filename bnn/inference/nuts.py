@@ -20,7 +20,8 @@ import torch
 from bnn.data import Data
 from bnn.diagnostics import warn_of_sampling
 from bnn.handlers import branch
-from bnn.inference._energy import Energy, Gradient
+from bnn.inference._energy import Energy
+from bnn.inference._gradient import Gradient
 from bnn.inference._nuts import STATS, Chain, sample
 from bnn.inference._progress import bar
 from bnn.method import Method, Model, check_count
@@ -102,7 +103,9 @@ class NUTS(Method):
             for number, start in enumerate(energy.initial(self.chains, branch(seed, 0)))
         ]
         with bar(self.chains * (self.warmup + self.draws), "NUTS", progress) as shown:
-            results = sample(gradient, chains, _LANES, lambda chain: _report(shown, chain, chains))
+            results = sample(
+                lambda z: _asked(gradient, z), chains, _LANES, lambda c: _report(shown, c, chains)
+            )
         z = torch.from_numpy(np.stack([kept for kept, _ in results]))
         stats = {
             name: torch.from_numpy(np.stack([stat[name] for _, stat in results])) for name in STATS
@@ -117,6 +120,11 @@ class NUTS(Method):
         )
         warn_of_sampling(stats)
         return posterior
+
+
+def _asked(gradient: Gradient, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    potential, slope = gradient(torch.from_numpy(z).to(torch.get_default_dtype()))
+    return potential.double().numpy(), slope.double().numpy()
 
 
 def _report(shown: Any, chain: Chain, chains: list[Chain]) -> None:

@@ -1,0 +1,172 @@
+"""Compile: a function of tensors becomes a flat graph of operations, and that becomes a program.
+
+A graph holds no Python: branches on values have been decided, random numbers drawn, sizes fixed.
+Where that changes what the function computes it does so without a word, so whoever uses a program
+compares it with the function first.
+"""
+
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_ATEN = torch.ops.aten
+
+
+def graph_of(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
+    """The operations that a function does to tensors of these shapes, constants folded.
+
+    Raises:
+        Exception: of many kinds, where the function branches on a value or cannot be traced.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    with torch.no_grad():
+        pure: Any = functionalize(function)  # in-place operations on a buffer would fold wrongly
+        return _fold(make_fx(pure, decomposition_table=select_decomp_table())(*examples))
+
+
+def traced(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
+    """The graph run by TorchScript: no Python between operations, and no compiler needed."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch announces the end of torch.jit in 3.0
+        script: Any = torch.jit.trace(graph, examples, check_trace=False)
+        run: Any = torch.jit.freeze(script.eval())
+
+    def program(*args: Tensor) -> Any:
+        with torch.inference_mode():
+            return run(*args)
+
+    return program
+
+
+def compiled(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
+    """The graph as machine code, by torch's inductor: loops fused, about 10 us a call.
+
+    Raises:
+        Exception: of many kinds, where there is no C++ compiler or an operation has no code.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    if examples[0].dtype == torch.float32:
+        graph = _rational_tanh(graph)
+    with torch.no_grad(), _quiet_inductor():
+        program: Any = compile_fx_inner(graph, list(examples))
+        program(list(examples))
+
+    def run(*args: Tensor) -> Any:
+        return program(list(args))
+
+    return run
+
+
+@contextmanager
+def _quiet_inductor() -> Iterator[None]:
+    """What fails to compile is run another way; the inductor's own report would only alarm."""
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def work(graph: GraphModule) -> tuple[int, int]:
+    """Operations in a graph, and numbers that they write."""
+    written = 0
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor):
+            written += value.numel()
+    return sum(node.op == "call_function" for node in graph.graph.nodes), written
+
+
+def _fold(graph: GraphModule) -> GraphModule:
+    """Evaluates every operation that does not depend on an input, and drops those without effect.
+
+    Random operations stay: folded, they would draw once for ever.
+    """
+    known: dict[Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = _attribute(graph, node.target)
+        elif node.op == "call_function" and _fixed(node, known):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    for number, (node, value) in enumerate(known.items()):
+        used = any(user not in known for user in node.users)
+        if node.op == "call_function" and used and isinstance(value, Tensor):
+            graph.register_buffer(f"_folded_{number}", value.detach().clone())
+            with graph.graph.inserting_before(node):
+                constant = graph.graph.get_attr(f"_folded_{number}")
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in (
+            _ATEN.detach.default,
+            _ATEN.alias.default,
+        ):
+            node.replace_all_uses_with(node.args[0])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _attribute(graph: GraphModule, name: str) -> Any:
+    return operator.attrgetter(name)(graph)
+
+
+def _fixed(node: Node, known: dict[Node, Any]) -> bool:
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not random and all(other in known for other in node.all_input_nodes)
+
+
+# tanh(x) = x P(x^2) / Q(x^2) on the interval where it is not +-1 in float32; highest power first.
+# The quotient of Eigen and XLA: within 2e-7.
+_TANH_END = 7.90531110763549805
+_TANH_P = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08,
+    1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03,
+)  # fmt: skip
+_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+
+
+def _rational_tanh(graph: GraphModule) -> GraphModule:
+    """Each float32 tanh as a quotient of polynomials, in place: two to three times as fast."""
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.target is _ATEN.tanh.default and value is not None and value.dtype == torch.float32:
+            with graph.graph.inserting_before(node):
+                node.replace_all_uses_with(_quotient(graph.graph, node.args[0], value.device))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _quotient(graph: torch.fx.Graph, x: Any, device: torch.device) -> Node:
+    call = graph.call_function
+    like = {"dtype": torch.float32, "device": device}
+    lower, upper = (call(_ATEN.full.default, ([], e), like) for e in (-_TANH_END, _TANH_END))
+    x = call(_ATEN.minimum.default, (call(_ATEN.maximum.default, (x, lower)), upper))
+    square = call(_ATEN.mul.Tensor, (x, x))
+
+    def horner(coefficients: tuple[float, ...]) -> Node:
+        total: Any = coefficients[0]
+        for coefficient in coefficients[1:]:
+            total = call(_ATEN.mul.Tensor, (square, total))
+            total = call(_ATEN.add.Tensor, (total, coefficient))
+        return total
+
+    above = call(_ATEN.mul.Tensor, (x, horner(_TANH_P)))
+    return call(_ATEN.div.Tensor, (above, horner(_TANH_Q)))

@@ -1,0 +1,167 @@
+"""Gradient: the potential -log p(z, data) and its gradient, for many chains at a time, fast.
+
+Routes, the fastest first:
+
+    compiled   one program of machine code for all lanes; needs a C++ compiler and seconds to build
+    traced     the model's tensor operations without its Python, run by TorchScript
+    vmapped    the model itself, lifted over lanes by torch.func.vmap
+    looped     the model itself, lane after lane, differentiated by autograd
+
+A faster route can be wrong without a word (a random operation, a branch on a value), so each is
+used only after it has agreed with the model itself at fresh points of both signs.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from bnn.errors import ModelError, PerformanceWarning
+from bnn.handlers import branch, generator
+from bnn.inference._compile import compiled, graph_of, traced, work
+from bnn.inference._energy import Energy
+
+ROUTES = ("compiled", "traced", "vmapped", "looped")
+_COMPILING = 6.0  # seconds that a compilation takes, between its first time and the cached one
+_CALL, _NUMBER = (
+    0.4e-6,
+    0.35e-9,
+)  # seconds that it saves for each operation and each number, per call
+
+
+class Gradient:
+    """U(z) = -log p(z, data) and dU/dz at a fixed number of lanes.
+
+    Every lane is computed by the same operations at the same place of the same shapes, whatever
+    the other lanes hold: a chain does not depend on how many others there are.
+
+    Attributes:
+        route: the one in use, see above.
+
+    Args:
+        energy: the log joint.
+        lanes: flat vectors in a call.
+        seed: of the points at which routes are compared.
+        route: None takes "traced" where it is right, until `hasten` compiles; else this one.
+
+    Raises:
+        ModelError: the log density is random beyond the sample statements.
+    """
+
+    def __init__(
+        self, energy: Energy, lanes: int, seed: np.random.SeedSequence, route: str | None = None
+    ):
+        self.energy, self.lanes = energy, lanes
+        args = energy.data.tensors
+
+        def potential(z: Tensor) -> Tensor:
+            return -energy.log_joint(z, args)
+
+        self._potential = potential
+        self._vmapped = vmap(grad_and_value(potential))
+        self._points = [
+            torch.randn(lanes, energy.size, generator=generator(branch(seed, k))) * scale
+            for k, scale in enumerate((0.5, 0.5, 1.0))
+        ]
+        self._points += [-p for p in self._points]
+        self._check_deterministic(self._points[0])
+        self._exact = [self._looped(p) for p in self._points]
+        self._graph: Any = None
+        self.route, self._call = "looped", self._looped
+        wanted = ROUTES.index(route or "traced")
+        for name in ("vmapped", "traced", "compiled"):
+            if ROUTES.index(name) >= wanted:
+                self._try(name)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(lane, size) -> potential (lane,) and gradient (lane, size)."""
+        gradient, value = self._call(z)
+        return value, gradient
+
+    def hasten(self, calls: float) -> bool:
+        """Compiles, if so many calls would repay it; True if it did.
+
+        The decision depends on the model and the count alone, never on a clock: the same fit takes
+        the same route.
+        """
+        if self.route != "traced" or self._saving() * calls < _COMPILING:
+            return False
+        return self._try("compiled")
+
+    def _saving(self) -> float:
+        operations, numbers = work(self._graph)
+        return operations * _CALL + numbers * _NUMBER
+
+    def _try(self, name: str) -> bool:
+        """Takes a route if it can be had and agrees with the model itself."""
+        try:
+            call = self._built(name)
+            agrees = all(
+                _close(call(p), exact) for p, exact in zip(self._points, self._exact, strict=True)
+            )
+        except Exception as error:  # a branch on a value, an operation without a trace or code
+            if name == "compiled":
+                warnings.warn(
+                    f"The model's gradient could not be compiled ({_first_line(error)}), so it runs "
+                    f"by the slower route {self.route!r}. The draws are the same law. Is there a "
+                    "C++ compiler (g++ or clang) on the path?",
+                    PerformanceWarning,
+                    stacklevel=4,
+                )
+            return False
+        if agrees:
+            self.route, self._call = name, call
+        return agrees
+
+    def _built(self, name: str) -> Callable[[Tensor], Any]:
+        if name == "vmapped":
+            return self._vmapped
+        if self._graph is None:
+            self._graph = graph_of(self._vmapped, self._points[0])
+        build = traced if name == "traced" else compiled
+        return build(self._graph, self._points[0])
+
+    def _looped(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, values = [], []
+        for lane in z:
+            lane = lane.detach().requires_grad_()
+            with torch.enable_grad():
+                value = self._potential(lane)
+                (gradient,) = torch.autograd.grad(value, lane)
+            gradients.append(gradient)
+            values.append(value.detach())
+        return torch.stack(gradients), torch.stack(values)
+
+    def _check_deterministic(self, z: Tensor) -> None:
+        with torch.no_grad():
+            first, second = self._potential(z[0]), self._potential(z[0])
+        if not torch.equal(first, second) and not (torch.isnan(first) and torch.isnan(second)):
+            raise ModelError(
+                "The log density differs between two runs at the same draw: the model is random "
+                "beyond its sample statements. Is a dropout or batch norm layer in training mode? "
+                "Call net.eval()."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
+def _close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    """True if two results agree to rounding, measured against each lane's largest entry."""
+    tolerance = 1e-4 if first[0].dtype == torch.float32 else 1e-9
+    for a, b in zip(first, second, strict=True):
+        finite = torch.isfinite(b)
+        if not torch.equal(finite, torch.isfinite(a)):
+            return False
+        a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        size = 1 + b.abs().amax(1)
+        if float(((a - b).abs().amax(1) / size).max()) > tolerance:
+            return False
+    return True
