@@ -63,7 +63,9 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             admit = partial(check_support, site["fn"], name=data.names[-1], site=observed)
             data = replace(data, admit=admit)
         subsampled = bool(frame and frame.full_size and frame.full_size != frame.size)
-        whole = data.observations if subsampled else site["value"]
+        whole = site["value"]
+        if subsampled and same_for_every_row(site["fn"].support):
+            whole = data.observations
         check_support(site["fn"], whole, data.names[-1], observed)
         warn_of_one_class(site["fn"], data)
         latent = {name: _site(node, plate) for name, node in _latent(trace).items()}
@@ -74,6 +76,7 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             row_axis=_row_axis(site, frame, data),
             rows=data.rows,
             subsample_size=frame.size if subsampled else None,
+            every_row=not subsampled or _takes_all(model, data.tensors, frame),
             params=tuple(n for n, node in trace.nodes.items() if node["type"] == "param"),
             seams={
                 n: _seam(node, plate, data)
@@ -114,7 +117,9 @@ def check_prior(model: Model, inputs: tuple[Tensor, ...], names: tuple[str, ...]
     plate = frame.name if frame else None
     part = frame.size if frame and frame.size != frame.full_size else None
     found = {name: _site(node, plate) for name, node in latent}
-    return Sites(found, observed, plate, 0, rows, part, (), {}, True, names)
+    with quiet_pyro(), seeded(np.random.SeedSequence(0)):
+        every = part is None or _takes_all(model, (*inputs, None), frame)
+    return Sites(found, observed, plate, 0, rows, part, every, (), {}, True, names)
 
 
 def check_rows(
@@ -256,6 +261,16 @@ def _data_plate(site: Any, data: Data) -> tuple[str | None, Any]:
         return None, None
     outermost = min(frames, key=lambda f: f.dim if f.dim is not None else 0)
     return outermost.name, outermost
+
+
+def _takes_all(model: Model, args: tuple[Any, ...], frame: Any) -> bool:
+    """True if a plate that draws so many rows takes all where it is given so many."""
+    try:
+        trace: Any = poutine.trace(model).get_trace(*take_filled(args, 0, frame.size))
+    except Exception:  # it states the rows of the fit, and indexes beyond those given
+        return False
+    plates = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
+    return all(f.size == f.full_size for f in plates if f.name == frame.name)
 
 
 def _row_axis(site: Any, frame: Any, data: Data) -> int | None:

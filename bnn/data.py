@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from bnn.errors import DataError
 
@@ -48,8 +48,12 @@ class Data:
     def epoch(self, size: int | None) -> int | None:
         """Minibatches in one pass over the rows, 1 for all rows at once; None where unknown."""
         if self.loader is not None:
-            return len(self.loader) if hasattr(self.loader.dataset, "__len__") else None
-        return self.rows // size if size is not None and size < self.rows else 1
+            whole = isinstance(self.loader.dataset, IterableDataset) and not self.loader.batch_size
+            try:
+                return None if whole else max(2, len(self.loader))
+            except TypeError:  # its sampler has no length
+                return None
+        return max(2, self.rows // size) if size is not None and size < self.rows else 1
 
     def batches(self, size: int | None, generator: torch.Generator) -> Iterator[tuple]:
         """Endless minibatches: each pass over the rows is a new random order.
@@ -79,12 +83,12 @@ class Data:
 
 def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:
     """The arguments at some rows; 0-d arguments belong to every row."""
-    return tuple(arg[rows] if arg.ndim else arg for arg in args)
+    return tuple(arg[rows] if arg is not None and arg.ndim else arg for arg in args)
 
 
 def take_filled(args: tuple[Tensor, ...], first: int, size: int) -> tuple[Tensor, ...]:
     """Exactly `size` rows from `first` on; where there are fewer, the last one is repeated."""
-    rows = next((len(arg) for arg in args if arg.ndim), 0)
+    rows = next((len(arg) for arg in args if arg is not None and arg.ndim), 0)
     return take(args, torch.arange(first, first + size).clamp(max=max(rows - 1, 0)))
 
 

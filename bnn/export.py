@@ -43,10 +43,10 @@ def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> A
     data, sites = posterior.data, posterior.sites
     y = sites.observed
     rowed = {k for k, site in (sites.latent | sites.seams).items() if site.local and site.shape}
-    kept = data.loader is None
+    kept = data.loader is None and sites.every_row
     draws = posterior.draws | (posterior.deterministic() if kept else {})
     groups: dict[str, Variables] = {"posterior": _draws(draws, rowed)}
-    if kept and sites.row_axis is not None:
+    if kept and sites.row_axis is not None and not (sites.subsampled and sites.locals):
         groups["log_likelihood"] = _draws({y: posterior.log_likelihood()}, {y})
     if kept and sites.predicts:
         groups["posterior_predictive"] = _predictive(posterior.predict(*data.inputs), y)
@@ -54,7 +54,7 @@ def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> A
     if sites.predicts:
         latent, before = prior_draws(posterior.model, data.inputs, sites, _PRIOR_DRAWS, seed=0)
         groups["prior"] = _draws(latent, rowed)
-        if kept:
+        if kept and before is not None:
             groups["prior_predictive"] = _predictive(before, y)
     if kept:
         groups["observed_data"] = {y: _named(y, data.observations, "row")}

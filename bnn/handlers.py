@@ -19,8 +19,6 @@ from torch.distributions import transform_to
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
-from bnn.errors import ModelError
-
 
 def is_statement(message: Mapping[str, Any]) -> bool:
     """True at a `pyro.sample` that carries probability: no plate index, factor or deterministic."""
@@ -118,22 +116,6 @@ class Capture(Messenger):
         self.fn: Any = None
         self.value: Any = None
         self.mask: Any = None
-        self.plates: Any = ()
-
-    def require_every_row(self) -> None:
-        """Refuses a run whose plate drew some of the rows that it was given.
-
-        Raises:
-            ModelError: names the plate.
-        """
-        for plate in self.plates:
-            if plate.full_size and plate.full_size != plate.size:
-                raise ModelError(
-                    f'The plate "{plate.name}" draws {plate.size} of {plate.full_size} rows '
-                    "whichever rows the model is given. Give it the number of rows of its inputs, "
-                    "len(x), or leave subsample_size out and fit with batch_size, which scales by "
-                    "N/B too."
-                )
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] == self.observed and not self.sampling and message["value"] is None:
@@ -145,7 +127,6 @@ class Capture(Messenger):
         if isinstance(message["fn"], _Subsample):
             return
         if message["name"] == self.observed:
-            self.plates = message["cond_indep_stack"]
             self.fn, self.value, self.mask = message["fn"], message["value"], message["mask"]
         else:
             self.values[message["name"]] = message["value"]

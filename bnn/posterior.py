@@ -24,7 +24,7 @@ from bnn.handlers import (
 )
 from bnn.method import Method, Model, Tensors
 from bnn.prediction import Prediction, predict, runs_on
-from bnn.sites import Sites
+from bnn.sites import Sites, require_every_row
 
 if TYPE_CHECKING:
     import os
@@ -120,6 +120,13 @@ class Posterior:
             ModelError: the model does not state its rows as independent.
         """
         args = self._training_tensors() if not data else arguments.check_arguments(data, self.data)
+        require_every_row(self.sites)
+        if self.sites.subsampled and self.sites.locals and not data:
+            raise ModelError(
+                f'Draws of "{self.sites.locals[0]}" belong to the minibatch that the plate '
+                f'"{self.sites.plate}" drew with them, not to all training rows. Pass the data, '
+                "and the site is sampled anew."
+            )
         axis = self.sites.row_axis
         if axis is None:
             raise ModelError(
@@ -164,17 +171,21 @@ class Posterior:
             ModelError: the model has no such site.
         """
         args = self._training_tensors()
-        values, shape = self._pooled(None, local=True)
+        values, shape = self._pooled(None, local=not self.sites.subsampled)
         known = self.sites.seams
-        if self.sites.subsample_size is not None:
+        if self.sites.subsampled:
             known = {k: v for k, v in known.items() if not v.local}  # a run shows some rows only
-            args = take_filled(args, 0, self.sites.subsample_size)
         small = {k for k, v in known.items() if not v.local or len(v.shape) == 1}
         wanted = set(names) or small - {"f"}
         if unknown := wanted - set(known):
             raise ModelError(
                 f"The model has no deterministic site {sorted(unknown)}; it announces "
-                f"{sorted(known) or 'none'}."
+                f"{sorted(known) or 'none'}"
+                + (
+                    " for the rows of its minibatch too: see predict."
+                    if self.sites.subsampled
+                    else "."
+                )
             )
         if not wanted:
             return {}
@@ -277,7 +288,6 @@ def _row_log_prob(program: Model, args: tuple, sites: Sites) -> Callable[[Tensor
     def at(draw: Tensors) -> Tensor:
         with Capture(sites.observed) as capture, At(draw):
             program(*args)
-        capture.require_every_row()
         log_prob = unvalidated(capture.fn).log_prob(capture.value)
         if capture.mask is not None:
             log_prob = log_prob * capture.mask

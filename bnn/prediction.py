@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from bnn.data import take, take_filled
 from bnn.errors import ModelError
 from bnn.handlers import At, Capture, branch, quiet_pyro, seeded, unvalidated
 from bnn.observations import innermost
-
-if TYPE_CHECKING:
-    from bnn.sites import Sites
+from bnn.sites import Sites, require_every_row
 
 _ROWS = 512  # rows in a block: what one forward pass and one stretch of random numbers cover
 _CELLS = 65_536  # draws x rows in a forward pass: 26 MB at 100 float32 units a row
@@ -125,7 +123,7 @@ def predict(
     program: Callable[..., Any],
     draws: Mapping[str, Tensor],
     inputs: tuple[Tensor, ...],
-    sites: "Sites",
+    sites: Sites,
     seed: np.random.SeedSequence,
     shape: tuple[int, int],
 ) -> Prediction:
@@ -146,6 +144,7 @@ def predict(
     Raises:
         ModelError: the program does not run with its observations set to None.
     """
+    require_every_row(sites)
     count = math.prod(shape)
     rows = next((len(x) for x in inputs if x.ndim), None)
     pooled = _Pooled(count, rows)
@@ -192,7 +191,7 @@ def _made_up(inputs: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
 class _Forward:
     """The program at some draws: lifted over them by vmap, or looped once that has failed."""
 
-    def __init__(self, program: Callable[..., Any], sites: "Sites"):
+    def __init__(self, program: Callable[..., Any], sites: Sites):
         self.program, self.observed = program, sites.observed
         self.keep = {"f", *sites.locals}
         self.lifted = True
@@ -249,7 +248,6 @@ class _Forward:
                 f'The program did not reach the site "{self.observed}" with its observations set '
                 "to None. Keep that statement outside of any `if y is not None`."
             )
-        capture.require_every_row()
         return capture
 
 

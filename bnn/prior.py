@@ -8,11 +8,11 @@ from torch import Tensor
 
 from bnn import contract
 from bnn.arguments import argument_names
-from bnn.data import take_filled, tensors
+from bnn.data import tensors
 from bnn.handlers import Capture, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
-from bnn.sites import Sites
+from bnn.sites import Sites, require_every_row
 
 
 def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0) -> Prediction:
@@ -48,22 +48,26 @@ def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0
     names = argument_names(model, len(inputs))
     made = tensors(inputs, names)
     sites = contract.check_prior(model, made, names)
-    return prior_draws(model, made, sites, draws, seed)[1]
+    require_every_row(sites)
+    prediction = prior_draws(model, made, sites, draws, seed)[1]
+    assert prediction is not None
+    return prediction
 
 
 def prior_draws(
     model: Model, inputs: tuple[Tensor, ...], sites: Sites, draws: int, seed: int
-) -> tuple[Tensors, Prediction]:
-    """Draws of the latent sites, (1, draw, *site) each, and the prior predictive."""
+) -> tuple[Tensors, Prediction | None]:
+    """Draws of the latent sites, (1, draw, *site) each, and the prior predictive if it can be had."""
     root = np.random.SeedSequence(seed)
     runs = []
-    rows = inputs if sites.subsample_size is None else take_filled(inputs, 0, sites.subsample_size)
     with quiet_pyro(), seeded(branch(root, 0)), torch.no_grad():
         for _ in range(draws):
             with Capture(sites.observed) as capture:
-                model(*rows, None)
+                model(*inputs, None)
             runs.append({k: capture.values[k] for k in sites.latent})
     latent = {k: torch.stack([run[k] for run in runs]).detach() for k in sites.latent}
+    if not sites.every_row:
+        return {k: v[None] for k, v in latent.items()}, None
     outside = {k: v for k, v in latent.items() if k in sites.globals}
     prediction = predict(model, outside, inputs, sites, branch(root, 1), (1, draws))
     return {k: v[None] for k, v in latent.items()}, prediction

@@ -47,6 +47,8 @@ class Sites:
             None where the rows are not independent statements.
         rows: number of rows.
         subsample_size: rows that the model's own plate draws at a time; None where it takes all.
+        every_row: True if a run on some rows shows each of them: the plate subsamples not, or takes
+            all where it is given as many as it draws.
         params: names of trainable tensors without a prior.
         seams: deterministic sites by name.
         predicts: True if the model runs with its observations set to None.
@@ -58,6 +60,7 @@ class Sites:
     row_axis: int | None
     rows: int
     subsample_size: int | None
+    every_row: bool
     params: tuple[str, ...]
     seams: dict[str, Site]
     predicts: bool
@@ -108,6 +111,20 @@ def require_all_rows(data: Data, sites: Sites, method: str) -> None:
         raise ModelError(
             f'{method} needs all rows at once, and the plate "{sites.plate}" draws a minibatch. '
             "Remove subsample_size, or use a method that minibatches, such as bnn.SVI()."
+        )
+
+
+def require_every_row(sites: Sites) -> None:
+    """Refuses a model that shows some of the rows it is given, to whoever needs each of them.
+
+    Raises:
+        ModelError: names the plate.
+    """
+    if not sites.every_row:
+        raise ModelError(
+            f'The plate "{sites.plate}" draws {sites.subsample_size} rows whichever it is given. '
+            "Give it the number of its inputs, len(x), and a fixed subsample_size; or leave that "
+            "out and fit with batch_size, which scales by N/B too."
         )
 
 

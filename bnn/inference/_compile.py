@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 _ATEN = torch.ops.aten
 
@@ -102,7 +103,7 @@ def _fold(graph: GraphModule) -> GraphModule:
         if node.op == "get_attr":
             known[node] = _attribute(graph, node.target)
         elif node.op == "call_function" and _fixed(node, known):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)
     for number, (node, value) in enumerate(known.items()):
         used = any(user not in known for user in node.users)

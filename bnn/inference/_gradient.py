@@ -106,9 +106,9 @@ class Gradient:
         except Exception as error:  # a branch on a value, an operation without a trace or code
             if name == "compiled":
                 warnings.warn(
-                    f"The model's gradient could not be compiled ({_first_line(error)}), so it runs "
-                    f"by the slower route {self.route!r}. The draws are the same law. Is there a "
-                    "C++ compiler (g++ or clang) on the path?",
+                    f"The model's gradient could not be compiled ({_first_line(error)}): it runs by "
+                    f"the slower route {self.route!r}, to draws of the same law. Is there a C++ "
+                    "compiler (g++ or clang) on the path?",
                     PerformanceWarning,
                     stacklevel=4,
                 )

@@ -74,9 +74,9 @@ def maximise(
     """Adam on the objective, its tensors changed in place.
 
     A step whose objective or gradient is not finite is left out and the learning rate halved;
-    three in a row end the fit. Under the "plateau" schedule each stage ends at the average over its
-    flat stretches, or where none is told over about its second half (Polyak): that takes out the
-    noise of the steps.
+    three in a row end the fit. Under the "plateau" schedule a stage ends at the average over its
+    flat stretches, or where none is told over about its second half (Polyak), which takes out the
+    noise of the steps; one that the budget cuts while it rises ends where it is.
 
     Args:
         objective: of a batch and the step; larger is better.
@@ -166,6 +166,8 @@ def _ascend(
                 average.count = 0
             if plateau.drops > _DROPS:
                 break
+    if plateau is not None and plateau.drops == _DROPS and average.count:  # the budget ended it
+        average.take()
     if plateau is not None and plateau.cut:
         warnings.warn(
             f"{what}: the {label} was still rising when {settings.steps} steps ran short. Raise "
@@ -221,7 +223,7 @@ class Plateau:
     It has stopped when the last sixth of the present stage (at least a window) is no better than
     the sixth before by more than the noise of the difference of their means, or than float32
     resolves. The stages that are still to come get the last .3 of the budget in any case. Means
-    are taken over whole passes of the rows, in which the noise of minibatches cancels.
+    are taken over whole passes of the rows, in which the noise of minibatches all but cancels.
     """
 
     def __init__(self, steps: int, start: int = 0, epoch: int | None = 1):
@@ -235,7 +237,7 @@ class Plateau:
         self.cut = False  # the budget ended a stage in which the objective was still rising
 
     def judge(self, history: list[float]) -> str:
-        """After each step: "rising", "flat", "over" (a stage, which it counts); "" untold."""
+        """After each step: "rising", "flat", "over" (a stage, that ended flat); "" untold."""
         length = len(history) - self.start
         judged = length >= 2 * self.window and length % self.window == 0
         short = self.drops < _DROPS and len(history) >= _BUDGET[self.drops] * self.steps
@@ -243,8 +245,9 @@ class Plateau:
         self.flat = {"rising": 0, "flat": self.flat + 1, "": self.flat}[verdict]
         if short or self.flat == _PATIENCE:
             self.cut = self.cut or (short and verdict == "rising")
-            self.drops, self.start, self.flat = self.drops + 1, len(history), 0
-            return "over"
+            passes = -(-len(history) // self.epoch)
+            self.drops, self.start, self.flat = self.drops + 1, passes * self.epoch, 0
+            return "over" if verdict != "rising" else "rising"  # an average would fall behind
         return verdict
 
     def doubled(self, length: int) -> bool:
@@ -258,8 +261,9 @@ class Plateau:
         Untold, "", where the noise of minibatches could hide a gain that matters.
         """
         width = max(self.window, (len(history) - self.start) // 6 // self.epoch * self.epoch)
-        recent = torch.tensor(history[self.start :][-2 * width :], dtype=torch.float64)
-        if len(recent) < 2 * width:
+        whole = len(history) - len(history) % self.epoch
+        recent = torch.tensor(history[self.start : whole][-2 * width :], dtype=torch.float64)
+        if len(recent) < max(2 * width, 4):
             return ""
         first, second = recent.reshape(2, -1, self.epoch).mean(2)  # (pass,) each
         gain = second.mean() - first.mean()

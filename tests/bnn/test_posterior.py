@@ -174,6 +174,7 @@ def test_a_plate_that_draws_a_minibatch_shows_every_row_after_the_fit(rows):
         with pyro.plate("data", len(x), subsample_size=7) as part:
             f = pyro.deterministic("f", x[part] @ w)
             pyro.sample("y", dist.Normal(f, 0.5), obs=None if y is None else y[part])
+        pyro.deterministic("mean", (x @ w).mean())
 
     x, y = rows
     posterior = bnn.fit(subsamples, x, y, method=SHORT)
@@ -186,6 +187,8 @@ def test_a_plate_that_draws_a_minibatch_shows_every_row_after_the_fit(rows):
     exact = torch.distributions.Normal(torch.einsum("cdj,rj->cdr", w, x), 0.5).log_prob(y)
     torch.testing.assert_close(posterior.log_likelihood(), exact)
     torch.testing.assert_close(posterior.log_likelihood(x[:3], y[:3]), exact[:, :, :3])
+    every = posterior.deterministic()["mean"]
+    torch.testing.assert_close(every, (w @ x.T).mean(-1))
     groups = posterior.to_arviz()
     assert groups["log_likelihood"]["y"].shape == groups["posterior_predictive"]["y"].shape
     assert bnn.prior_predictive(subsamples, x, draws=5).y.shape == (1, 5, len(x))
@@ -201,8 +204,27 @@ def test_a_plate_that_draws_whichever_rows_it_is_given_is_refused(rows):
             pyro.sample("y", dist.Normal(x[part] @ w, 0.5), obs=None if y is None else y[part])
 
     posterior = bnn.fit(model, x, y, method=SHORT)
-    with pytest.raises(bnn.ModelError, match=r"draws 7 of \d+ rows .*len\(x\)"):
+    groups = posterior.to_arviz()  # without those that need every row
+    assert not hasattr(groups, "log_likelihood")
+    with pytest.raises(bnn.ModelError, match=r"draws 7 rows .*len\(x\)"):
         posterior.predict(x)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_a_plate_scaled_to_more_rows_than_it_is_given_predicts_as_ever(rows):
+    """`subsample_size=len(x)`: all rows that it is given, counted as 30."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.deterministic("mean", (x @ w).mean())
+        with pyro.plate("data", 30, subsample_size=len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    x, y = rows
+    posterior = bnn.fit(model, x, y, method=SHORT)
+    assert posterior.predict(x[:5]).mean.shape == (5,)
+    exact = (posterior.draws["w"] @ x.T).mean(-1)
+    torch.testing.assert_close(posterior.deterministic()["mean"], exact)
 
 
 def test_predictive_draws_carry_the_observation_noise():
