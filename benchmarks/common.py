@@ -301,6 +301,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         print("| " + " | ".join([first, *rest]) + " |", flush=True)
 
 
+def count(number: int, noun: str) -> str:
+    """The number and the noun, in the plural where it is called for."""
+    return f"{number} {noun}{'s' * (number > 1)}"
+
+
 def skipped(name: str, why: str) -> None:
     """Says that a contender takes no part."""
     print(f"\nskipped {name}: {why}", flush=True)

@@ -1,6 +1,7 @@
 """Microseconds for one gradient of the log joint, per chain, by the route that computes it."""
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from benchmarks.common import (
     arguments,
     begin,
     compare,
+    count,
     jax_data,
     numpyro_model,
     per_call,
@@ -50,7 +52,7 @@ def bnn_gradient(problem: Problem, seconds: float, *, lanes: int, route: str) ->
     from bnn.inference._gradient import Gradient
 
     model = pyro_model(problem)
-    name, seed = f"bnn, {route}, {lanes} chains", np.random.SeedSequence(0)
+    name, seed = f"bnn, {route}, {count(lanes, 'chain')}", np.random.SeedSequence(0)
     with quiet_pyro():
         try:
             read, sites = contract.check(model, arguments.read(model, torch_data(problem)))
@@ -103,15 +105,12 @@ def main() -> None:
             "Pyro, validation on": pyro_gradient(problem, seconds, validate=True),
             "Pyro, validation off": pyro_gradient(problem, seconds, validate=False),
         }
+        for lanes, route in product(LANES, ROUTES):
+            name = f"bnn, {route}, {count(lanes, 'chain')}"
+            contenders[name] = bnn_gradient(problem, seconds, lanes=lanes, route=route)
         for lanes in LANES:
-            for route in ROUTES:
-                contenders[f"bnn, {route}, {lanes} chain{'s' * (lanes > 1)}"] = bnn_gradient(
-                    problem, seconds, lanes=lanes, route=route
-                )
-        for lanes in LANES:
-            contenders[f"NumPyro, {lanes} chain{'s' * (lanes > 1)}"] = numpyro_gradient(
-                problem, seconds, chains=lanes
-            )
+            name = f"NumPyro, {count(lanes, 'chain')}"
+            contenders[name] = numpyro_gradient(problem, seconds, chains=lanes)
         times = alternate({k: v for k, v in contenders.items() if v}, args.repeats)
         compare(
             f"{size}: {problem}", "us / gradient / chain", times, ANCHORS, value=lambda s: 1e6 * s

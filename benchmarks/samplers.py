@@ -78,10 +78,12 @@ def pyro_nuts(problem: Problem, seed: int, settings: dict[str, int], cap: float)
 
     def sample() -> Result:
         kernel, kept, start = NUTS(pyro_model(problem)), [], perf_counter()
+        divergent: list[int] = []
 
         def keep(_: Any, free: dict[str, Any], stage: str, __: int) -> None:
             if not stage.lower().startswith("warmup"):
                 to_free = kernel.transforms
+                divergent[:] = kernel.diagnostics()["divergences"]
                 kept.append({k: to_free[k].inv(v) if k in to_free else v for k, v in free.items()})
             if perf_counter() - start > cap:
                 raise _OutOfTime
@@ -94,7 +96,7 @@ def pyro_nuts(problem: Problem, seed: int, settings: dict[str, int], cap: float)
             if not kept:
                 raise TimeoutError(f"still in warmup after {cap:g} s") from None
         sites = {k: torch.stack([draw[k] for draw in kept])[None].numpy() for k in kept[0]}
-        return sites, sum(map(len, chain.diagnostics()["divergences"].values()))
+        return sites, len(divergent)
 
     return sample
 
