@@ -26,9 +26,13 @@ Timed = Callable[[], float]
 
 def bnn_svi(problem: Problem, particles: int, seconds: float) -> Timed:
     """`bnn.fit` at a constant learning rate, so that no step is spared."""
+    from torch.utils.data import DataLoader, TensorDataset
+
     import bnn
 
     model, data = pyro_model(problem), torch_data(problem)
+    if problem.labels:  # large: from a loader a fit does not evaluate the final ELBO for a minute
+        data = (DataLoader(TensorDataset(*data), batch_size=None, sampler=[slice(None)]),)
 
     def fit(steps: int) -> None:
         method = bnn.SVI(
