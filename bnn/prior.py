@@ -57,7 +57,7 @@ def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0
 def prior_draws(
     model: Model, inputs: tuple[Tensor, ...], sites: Sites, draws: int, seed: int
 ) -> tuple[Tensors, Prediction | None]:
-    """Draws of the latent sites, (1, draw, *site) each, and the prior predictive if it can be had."""
+    """Draws of the latent sites, (1, draw, *site) each, and the prior predictive if there is."""
     root = np.random.SeedSequence(seed)
     runs = []
     with quiet_pyro(), seeded(branch(root, 0)), torch.no_grad():

@@ -106,8 +106,8 @@ class Gradient:
         except Exception as error:  # a branch on a value, an operation without a trace or code
             if name == "compiled":
                 warnings.warn(
-                    f"The model's gradient could not be compiled ({_first_line(error)}): it runs by "
-                    f"the slower route {self.route!r}, to draws of the same law. Is there a C++ "
+                    f"The gradient could not be compiled ({_first_line(error)}): it runs by the "
+                    f"slower route {self.route!r}, to draws of the same law. Is there a C++ "
                     "compiler (g++ or clang) on the path?",
                     PerformanceWarning,
                     stacklevel=4,

@@ -3,16 +3,18 @@
     H(z, p) = U(z) + p' M^-1 p / 2,   U(z) = -log p(z, data),   z on the real line
 
 A trajectory of leapfrog steps doubles until it turns back on itself; the draw is chosen along it
-with probability exp(-H). The step size (dual averaging) and the mass matrix M (windows) are
-adapted in warmup and then held, so the draws kept are a Markov chain with the posterior as its
-stationary law. Each chain adapts on its own and has its own random numbers.
+with probability exp(-H). The step size (dual averaging) and the mass matrix M (Fisher divergence)
+are learned in warmup from all lanes together, which is why warmup can be short, and then held: the
+draws kept are a Markov chain with the posterior as its stationary law. Chains share what was
+learned and the time of day, nothing else: each has its own start (a prior draw), random numbers and
+trajectories, and none waits for another's.
 
 When not to use it: on many rows (every gradient reads all of them), on discrete sites, on nets of
 many thousands of weights. Weights of a net are not identified: read R-hat of f, not of weights.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,13 +24,22 @@ from bnn.diagnostics import warn_of_sampling
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
-from bnn.inference._nuts import STATS, Chain, sample
 from bnn.inference._progress import bar
 from bnn.method import Method, Model, check_count
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_all_rows, require_continuous, require_no_parameters
 
-_LANES = 4  # chains in one call of the gradient
+if TYPE_CHECKING:
+    from bnn.inference._nuts import Progress
+
+MASS_MATRICES = ("diagonal", "low_rank", "dense")
+_STEPS = 8  # leapfrogs that a trajectory takes at least, on average
+_KINDS = {
+    "diverging": torch.bool,
+    "tree_depth": torch.int64,
+    "n_steps": torch.int64,
+    "reached_max_treedepth": torch.bool,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,26 +47,29 @@ class NUTS(Method):
     """Hamiltonian Monte Carlo with trajectories that end where they turn.
 
     Attributes:
-        chains: independent chains.
+        chains: chains, each a Markov chain of its own. Up to 4 run 4 abreast, more 16 abreast:
+            chain i is the same whether 1, 2 or 4 are asked for, or 5 to 16.
         draws: draws kept from each.
-        warmup: iterations before them, for adaptation; not kept.
+        warmup: iterations before them; not kept. All lanes that run learn together, so 200 teach
+            as much as some thousand of one chain.
         target_accept: acceptance rate that the step size aims at, in (0, 1); raise it towards 1
             where divergences appear.
         max_tree_depth: a trajectory has at most 2^max_tree_depth - 1 steps.
-        mass_matrix: "diagonal" adapts a scale for each coordinate, "dense" their covariance too.
+        mass_matrix: "diagonal" learns a scale for each coordinate, "low_rank" also the few
+            directions along which it differs most from that, "dense" the whole covariance.
 
     References:
         Hoffman, Gelman (2014), The no-U-turn sampler. Betancourt (2017), A conceptual introduction
         to Hamiltonian Monte Carlo, appendix A (multinomial draws, generalised criterion).
 
     Example:
-        >>> NUTS(chains=2).warmup
-        1000
+        >>> NUTS(target_accept=0.9).chains
+        16
     """
 
-    chains: int = 4
-    draws: int = 1_000
-    warmup: int = 1_000
+    chains: int = 16
+    draws: int = 250
+    warmup: int = 200
     target_accept: float = 0.8
     max_tree_depth: int = 10
     mass_matrix: str = "diagonal"
@@ -70,9 +84,9 @@ class NUTS(Method):
         )
         if not 0 < self.target_accept < 1:
             raise ValueError(f"NUTS(target_accept={self.target_accept!r}): a rate in (0, 1).")
-        if self.mass_matrix not in ("diagonal", "dense"):
+        if self.mass_matrix not in MASS_MATRICES:
             raise ValueError(
-                f'NUTS(mass_matrix={self.mass_matrix!r}): known are "diagonal" and "dense".'
+                f"NUTS(mass_matrix={self.mass_matrix!r}): known are {', '.join(MASS_MATRICES)}."
             )
 
     def fit(
@@ -88,50 +102,62 @@ class NUTS(Method):
         require_continuous(sites, "NUTS")
         require_all_rows(data, sites, "NUTS")
         require_no_parameters(sites, "NUTS")
+        from bnn.inference._nuts import Sampler  # numba takes .3 s to import
+
         energy = Energy(model, data, sites)
-        gradient = Gradient(energy, _LANES, branch(seed, 1))
-        chains = [
-            Chain(
-                rng=np.random.default_rng(branch(seed, 2, number)),
-                z=start.double().numpy(),
-                draws=self.draws,
-                warmup=self.warmup,
-                max_depth=self.max_tree_depth,
+        lanes = _lanes(self.chains)
+        start = energy.initial(lanes, branch(seed, 0)).numpy()
+        streams = [branch(seed, 2, lane).generate_state(4, np.uint64) for lane in range(lanes)]
+        gradient = Gradient(energy, lanes, branch(seed, 1))
+        with bar(self.warmup + self.draws, "NUTS", progress) as shown:
+            compiling = _Compiling(gradient, shown, self.warmup + self.draws)
+            compiling(_STEPS)
+            sampler = Sampler(
+                gradient,
+                start,
+                np.stack(streams),
+                depth=self.max_tree_depth,
                 target=self.target_accept,
-                dense=self.mass_matrix == "dense",
+                mass_matrix=self.mass_matrix,
+                report=lambda progress: _show(shown, progress),
             )
-            for number, start in enumerate(energy.initial(self.chains, branch(seed, 0)))
-        ]
-        with bar(self.chains * (self.warmup + self.draws), "NUTS", progress) as shown:
-            results = sample(
-                lambda z: _asked(gradient, z), chains, _LANES, lambda c: _report(shown, c, chains)
-            )
-        z = torch.from_numpy(np.stack([kept for kept, _ in results]))
-        stats = {
-            name: torch.from_numpy(np.stack([stat[name] for _, stat in results])) for name in STATS
-        }
+            sampler.warm(self.warmup, compiling)
+            z, kept = sampler.draw(self.chains, self.draws)
+        stats = {name: torch.from_numpy(values) for name, values in kept.items()}
+        for name, kind in _KINDS.items():
+            stats[name] = stats[name].to(kind)
         posterior = Posterior(
             model=model,
             method=self,
             data=data,
             sites=sites,
-            draws=energy.unflatten(z.to(torch.get_default_dtype())),
+            draws=energy.unflatten(torch.from_numpy(z)),
             stats=stats,
         )
         warn_of_sampling(stats)
         return posterior
 
 
-def _asked(gradient: Gradient, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    potential, slope = gradient(torch.from_numpy(z).to(torch.get_default_dtype()))
-    return potential.double().numpy(), slope.double().numpy()
+def _lanes(chains: int) -> int:
+    """4, or whole sixteens: the fewest that hold the chains, and enough to learn from."""
+    return 4 if chains <= 4 else -(-chains // 16) * 16
 
 
-def _report(shown: Any, chain: Chain, chains: list[Chain]) -> None:
-    shown.update()
-    if not shown.disable and chain.iteration % 10 == 0:
-        steps = "/".join(f"{c.step_size:.2g}" for c in chains)
-        rates = "/".join(f"{c.acceptance:.2f}" for c in chains)
-        divergent = sum(c.divergences for c in chains)
-        phase = "warmup" if chain.iteration < chain.warmup else "draws"
-        shown.set_postfix_str(f"{phase}, step {steps}, acceptance {rates}, {divergent} divergences")
+class _Compiling:
+    """Compiles the gradient once the trajectories have shown that it repays, and says so."""
+
+    def __init__(self, gradient: Gradient, shown: Any, iterations: int):
+        self.gradient, self.shown, self.iterations = gradient, shown, iterations
+
+    def __call__(self, steps: float) -> None:
+        self.shown.set_postfix_str("compiling the gradient (seconds)")
+        self.gradient.hasten(steps * self.iterations)
+
+
+def _show(shown: Any, progress: "Progress") -> None:
+    shown.update(int(progress.iterations) - shown.n)
+    shown.set_postfix_str(
+        f"{progress.phase}, step {progress.step:.2g}, {progress.steps:.0f} steps a draw, "
+        f"acceptance {progress.acceptance:.2f}, {progress.divergences} divergences",
+        refresh=False,
+    )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import bnn
-from bnn.inference._nuts import Chain, Metric, sample
+from bnn.inference._metric import estimated, unit
+from bnn.inference._nuts import Sampler
 from tests.exact import (
     assert_exact,
     check_positive_site_by_nuts,
@@ -29,51 +30,68 @@ def test_positive_site_is_exact():
     check_positive_site_by_nuts()
 
 
-def test_dense_mass_matrix_is_exact(regression):
-    method = nuts(mass_matrix="dense")
-    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=3)
-    assert_exact(posterior.draws["w"], regression.mean, regression.sd)
-
-
-@pytest.mark.parametrize(("depth", "dense"), [(10, False), (3, False), (10, True)])
-def test_kernel_keeps_a_correlated_gaussian(depth, dense):
-    """Eight dimensions, sds .1 to 10, correlation .5; depth 3 cuts trajectories short."""
-    sd = np.logspace(-1, 1, 8)
-    cov = (0.5 + 0.5 * np.eye(8)) * np.outer(sd, sd)
-    precision = np.linalg.inv(cov)
+def kernel(cov, *, kind="diagonal", depth=10, draws=1_500, dtype=np.float64):
+    """16 lanes on a Gaussian with that covariance, from three sds out."""
+    precision = torch.tensor(np.linalg.inv(cov).astype(dtype))
 
     def gradient(z):
         pull = z @ precision
         return 0.5 * (z * pull).sum(1), pull
 
-    chains = [
-        Chain(
-            rng=np.random.default_rng([7, number]),
-            z=sd * number,
-            draws=4_000,
-            warmup=500,
-            max_depth=depth,
-            target=0.8,
-            dense=dense,
-        )
-        for number in range(4)
-    ]
-    results = sample(gradient, chains, 4, lambda chain: None)
-    draws = torch.tensor(np.stack([kept for kept, _ in results]))
-    assert_exact(draws, 0.0, sd)
-    assert np.abs(z_scores(draws**2, sd**2)).max() < 4
-    assert sum(stat["diverging"].sum() for _, stat in results) == 0
-    accepted = np.mean([stat["acceptance_rate"].mean() for _, stat in results])
-    assert 0.75 < accepted < 0.95  # the target is .8; final averaging errs upwards
+    sd = np.sqrt(np.diag(cov))
+    start = (3 * sd * np.random.default_rng(0).standard_normal((16, len(sd)))).astype(dtype)
+    seeds = np.random.SeedSequence(7).generate_state(64, np.uint64).reshape(16, 4)
+    sampler = Sampler(gradient, start, seeds, depth=depth, target=0.8, mass_matrix=kind)
+    sampler.warm(200)
+    z, stats = sampler.draw(16, draws)
+    return torch.tensor(z).double(), stats
 
 
-@pytest.mark.parametrize("cov", [np.array([4.0, 0.25]), np.array([[4.0, 0.9], [0.9, 0.25]])])
-def test_momentum_has_the_mass_matrix_as_covariance(cov):
-    metric, rng = Metric(cov), np.random.default_rng(0)
-    draws = np.stack([metric.momentum(rng) for _ in range(40_000)])
-    mass = np.linalg.inv(np.diag(cov) if cov.ndim == 1 else cov)
-    # relative error of a variance from 40,000 draws is .7 %: 5 of them
-    np.testing.assert_allclose(np.cov(draws.T), mass, rtol=0.035, atol=0.035 * mass.max())
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    ("depth", "kind"), [(10, "diagonal"), (3, "diagonal"), (10, "low_rank"), (10, "dense")]
+)
+def test_kernel_keeps_a_correlated_gaussian(depth, kind, dtype):
+    """Eight dimensions, sds .1 to 10, correlation .5; depth 3 cuts trajectories short."""
+    sd = np.logspace(-1, 1, 8)
+    cov = (0.5 + 0.5 * np.eye(8)) * np.outer(sd, sd)
+    z, stats = kernel(cov, kind=kind, depth=depth, dtype=dtype)
+    assert_exact(z, 0.0, sd, ratio=(0.98, 1.02))
+    assert np.abs(z_scores(z**2, sd**2)).max() < 4
+    assert stats["diverging"].sum() == 0
+    assert 0.75 < stats["acceptance_rate"].mean() < 0.9
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "low_rank", "dense"])
+def test_a_narrow_ridge_is_exact(kind):
+    """Correlation .999: twelve times as many steps where the mass matrix cannot turn."""
+    z, stats = kernel(np.array([[1.0, 0.999], [0.999, 1.0]]), kind=kind, draws=4_000)
+    assert_exact(z, 0.0, 1.0, ratio=(0.97, 1.03))
+    steps = stats["n_steps"].mean()
+    assert steps > 20 if kind == "diagonal" else steps < 5
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "dense"])
+def test_the_metric_is_the_covariance(kind):
+    """From 200 draws of a Gaussian and their gradients, to rounding: no Monte Carlo error."""
+    rng = np.random.default_rng(0)
+    root = np.tril(rng.standard_normal((5, 5))) + 2 * np.eye(5)
+    cov = root @ root.T
+    z = rng.standard_normal((200, 5)) @ root.T
+    metric = estimated(kind, z, z @ np.linalg.inv(cov), unit(np.ones(5)))
+    turn = np.eye(5) + (metric.basis.T * metric.gain) @ metric.basis
+    root = metric.scale[:, None] * turn
+    within = 1e-3 if kind == "dense" else 2.0  # low rank leaves out factors below 2
+    ratios = np.linalg.eigvals(np.linalg.solve(cov, root @ root.T)).real
+    assert np.abs(np.log(ratios)).max() < np.log1p(within)
+
+
+def test_nothing_waits_and_nothing_is_lost():
+    """Every lane gives as many draws, in one call a leapfrog: most calls move every lane."""
+    _, stats = kernel(np.diag([1.0, 100.0]), draws=1_000)
+    steps = stats["n_steps"].sum(1)
+    assert (stats["n_steps"] > 0).all()
+    assert steps.mean() / steps.max() > 0.9
 
 
 def test_eight_schools_of_posteriordb():
@@ -132,6 +150,13 @@ def test_logistic_weight_against_quadrature():
     assert_exact(posterior.draws["w"], mean, sd)
 
 
+def test_dense_and_low_rank_are_exact_on_a_model(regression):
+    for kind in ("low_rank", "dense"):
+        method = nuts(mass_matrix=kind)
+        posterior = bnn.fit(regression.model, regression.x, regression.y, method=method, seed=3)
+        assert_exact(posterior.draws["w"], regression.mean, regression.sd)
+
+
 def test_simplex_site_is_exact():
     """Dirichlet-categorical: weights | y = Dirichlet(prior + counts)."""
     y = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
@@ -156,11 +181,11 @@ def test_a_chain_does_not_depend_on_how_many_there_are(regression):
             method=bnn.NUTS(chains=n, warmup=60, draws=40),
             seed=8,
         ).draws["w"]
-        for n in (1, 2, 4, 5)
+        for n in (1, 2, 4, 5, 16)
     }
-    for n, w in fits.items():
-        for chain in range(min(n, 4)):
-            assert torch.equal(w[chain], fits[4][chain]), (n, chain)
+    for many, fewer in ((4, (1, 2)), (16, (5,))):  # 4 lanes learn together, or 16
+        for n in fewer:
+            assert torch.equal(fits[n], fits[many][:n]), n
 
 
 def test_no_seeds_share_a_chain(regression):

@@ -91,27 +91,25 @@ def test_expected_prior_without_its_variance(monkeypatch):
 
 
 def test_warmup_draws_kept(monkeypatch):
-    plain = _nuts.Chain.run
+    def from_afar(self, iterations, between):
+        self.lanes.tree_position[:] += 1e4
+        potential, slope = self._asked(torch.from_numpy(self.lanes.tree_position))
+        self.lanes.tree_potential[:], self.lanes.tree_gradient[:] = potential, slope
 
-    def from_afar(self):
-        self.warmup, self.z = 0, self.z + 1e4
-        return plain(self)
-
-    monkeypatch.setattr(_nuts.Chain, "run", from_afar)
+    monkeypatch.setattr(_nuts.Sampler, "warm", from_afar)
     _fails(exact.check_regression_by_nuts)
 
 
 def test_chains_sharing_a_seed(monkeypatch):
-    plain = _nuts.sample
+    plain = _nuts.Sampler.draw
 
-    def shared(gradient, chains, lanes, report):
-        import numpy as np
+    def shared(self, chains, draws):
+        for name in ("random", "tree_position", "tree_gradient", "tree_potential"):
+            state = getattr(self.lanes, name)
+            state[:] = state[:1]
+        return plain(self, chains, draws)
 
-        for chain in chains:
-            chain.rng, chain.z = np.random.default_rng(0), chains[0].z
-        return plain(gradient, chains, lanes, report)
-
-    monkeypatch.setattr("bnn.inference.nuts.sample", shared)
+    monkeypatch.setattr(_nuts.Sampler, "draw", shared)
     with pytest.raises(AssertionError):
         exact.check_chains_differ()
 
