@@ -14,7 +14,7 @@ from bnn.errors import (
     PerformanceWarning,
 )
 from bnn.fitting import fit
-from bnn.inference import MAP, NUTS, SVI
+from bnn.inference import MAP, MCLMC, NUTS, SVI
 from bnn.method import Method
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
@@ -22,6 +22,7 @@ from bnn.prior import prior_predictive
 
 __all__ = [
     "MAP",
+    "MCLMC",
     "NUTS",
     "SVI",
     "ApproximationWarning",

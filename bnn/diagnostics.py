@@ -32,7 +32,7 @@ def warn_of_sampling(stats: Mapping[str, Tensor]) -> None:
     """One `ConvergenceWarning` for each sign that a sampler's draws are not the posterior.
 
     Args:
-        stats: (chain, draw) each, under ArviZ's names.
+        stats: (chain, draw) each, under ArviZ's names; `reached_max_treedepth` where it exists.
     """
     divergent, total = int(stats["diverging"].sum()), stats["diverging"].numel()
     if divergent:
@@ -43,7 +43,8 @@ def warn_of_sampling(stats: Mapping[str, Tensor]) -> None:
             ConvergenceWarning,
             stacklevel=4,
         )
-    saturated = float(stats["reached_max_treedepth"].double().mean())
+    reached = stats.get("reached_max_treedepth")
+    saturated = 0.0 if reached is None else float(reached.double().mean())
     if saturated > 0.05:
         warnings.warn(
             f"{saturated:.0%} of the trajectories reached the largest tree depth before they "

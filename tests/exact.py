@@ -98,9 +98,21 @@ def nuts(**settings) -> bnn.NUTS:
     return bnn.NUTS(**{"chains": 4, "warmup": 500, "draws": 1_000} | settings)
 
 
+def mclmc(**settings) -> bnn.MCLMC:
+    return bnn.MCLMC(**{"chains": 8, "warmup": 100, "draws": 1_000} | settings)
+
+
 def check_regression_by_nuts() -> None:
+    _check_regression(nuts())
+
+
+def check_regression_by_mclmc() -> None:
+    _check_regression(mclmc())
+
+
+def _check_regression(method: bnn.Method) -> None:
     exact = Regression.make()
-    posterior = bnn.fit(exact.model, exact.x, exact.y, method=nuts(), seed=1)
+    posterior = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1)
     w = posterior.draws["w"]
     assert_exact(w, exact.mean, exact.sd)
     corr = float(torch.corrcoef(w.flatten(0, 1).T)[0, 1])
@@ -131,9 +143,17 @@ def gamma_poisson(y=None):
 
 
 def check_positive_site_by_nuts() -> None:
+    _check_positive_site(nuts())
+
+
+def check_positive_site_by_mclmc() -> None:
+    _check_positive_site(mclmc())
+
+
+def _check_positive_site(method: bnn.Method) -> None:
     """Gamma-Poisson: rate | y = Gamma(2 + sum y, 1 + n). Wrong without the log-Jacobian."""
     y = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    posterior = bnn.fit(gamma_poisson, y, method=nuts(), seed=2)
+    posterior = bnn.fit(gamma_poisson, y, method=method, seed=2)
     assert_exact(posterior.draws["rate"], 5 / 5, math.sqrt(5) / 5)
 
 

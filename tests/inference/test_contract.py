@@ -26,6 +26,8 @@ METHODS = {
     "map": bnn.MAP(steps=300, restarts=2, draws=30),
     "map_once": bnn.MAP(steps=300, draws=30),
     "nuts": bnn.NUTS(chains=2, warmup=100, draws=40),
+    "mclmc": bnn.MCLMC(chains=2, warmup=100, draws=40),
+    "mclmc_unadjusted": bnn.MCLMC(chains=2, warmup=100, draws=40, adjusted=False),
 }
 MINIBATCHED = {k: m for k, m in METHODS.items() if hasattr(m, "batch_size")}
 GROUPS = {
