@@ -183,3 +183,48 @@ def check_chains_differ() -> None:
     method = nuts(warmup=50, draws=20)
     first = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1).draws["w"][:, 0]
     assert len({tuple(draw.tolist()) for draw in first}) == 4
+
+
+def microcanonical(gradient, start, seed=0, target=0.9):
+    """The kernel under `bnn.MCLMC`, on a potential of one's own."""
+    from bnn.inference._mclmc import Sampler
+
+    streams = [
+        np.random.SeedSequence([seed, k]).generate_state(4, np.uint64) for k in range(len(start))
+    ]
+    return Sampler(
+        gradient,
+        np.asarray(start, np.float32),
+        np.stack(streams),
+        np.random.default_rng(seed),
+        target=target,
+    )
+
+
+def gaussian(cov: np.ndarray):
+    """Potential and gradient of N(0, cov)."""
+    precision = torch.tensor(np.linalg.inv(cov), dtype=torch.float32)
+
+    def gradient(z):
+        pull = z @ precision
+        return 0.5 * (z * pull).sum(1), pull
+
+    return gradient
+
+
+def check_gaussian_by_mclmc(target: float = 0.6) -> None:
+    """Eight dimensions, sds .1 to 10, correlation .5; long steps: Metropolis has to work."""
+    sd = np.logspace(-1, 1, 8)
+    cov = (0.5 + 0.5 * np.eye(8)) * np.outer(sd, sd)
+    start = sd * np.random.default_rng(0).standard_normal((16, 8))
+    sampler = microcanonical(gaussian(cov), start, target=target)
+    sampler.warm(100)
+    kept, stats = sampler.draw(2_000)
+    draws = torch.tensor(kept)
+    assert_exact(draws, 0.0, sd)
+    assert np.abs(z_scores(draws**2, sd**2)).max() < 4
+    assert abs(stats["acceptance_rate"].mean() - target) < 0.1
+    assert not stats["diverging"].any()
+    # Jarzynski: proposals preserve volume, so that E[exp(-error)] = 1
+    weights = np.exp(-stats["energy_error"])
+    assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(weights.size)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from bnn.inference._mclmc import Sampler
 
 _STEPS = 20  # leapfrogs that a trajectory takes at least, on average
-_LIMIT = 1.0  # variance of the energy error between draws above which bias is likely
+_LIMIT = 0.5  # variance of the energy error between draws above which bias is likely
 _KINDS = {"diverging": torch.bool, "n_steps": torch.int64}
 
 
@@ -155,7 +155,7 @@ def _warn_of_energy(stats: dict[str, torch.Tensor], size: int) -> None:
     if not variance <= _LIMIT:
         each = float(stats["energy_variance"].mean())
         warnings.warn(
-            f"The energy error between draws has variance {variance:.2g}, above {_LIMIT:.0f} "
+            f"The energy error between draws has variance {variance:.2g}, above {_LIMIT} "
             f"({each:.1g} a step and coordinate, {size} coordinates): the draws are likely biased, "
             "scales of noise first. Lower energy_variance, or use adjusted=True.",
             ConvergenceWarning,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import bnn
-from bnn.inference._mclmc import Sampler
+from bnn.inference._microcanonical import kick
 from tests import exact
-from tests.exact import assert_exact, mclmc, z_scores
+from tests.exact import assert_exact, gaussian, mclmc, microcanonical, z_scores
 
 
 def test_conjugate_regression_is_exact():
@@ -31,52 +31,14 @@ def test_regression_without_metropolis_is_exact_where_steps_are_short(regression
     assert float(posterior.stats["energy_variance"].mean()) < 2 * 5e-4
 
 
-def _sampler(gradient, start, seed=0, target=0.9):
-    chains = len(start)
-    streams = [
-        np.random.SeedSequence([seed, k]).generate_state(4, np.uint64) for k in range(chains)
-    ]
-    return Sampler(
-        gradient,
-        np.asarray(start, np.float32),
-        np.stack(streams),
-        np.random.default_rng(seed),
-        target=target,
-    )
-
-
-def _gaussian(cov):
-    precision = torch.tensor(np.linalg.inv(cov), dtype=torch.float32)
-
-    def gradient(z):
-        pull = z @ precision
-        return 0.5 * (z * pull).sum(1), pull
-
-    return gradient
-
-
 @pytest.mark.parametrize("target", [0.6, 0.9])
-def test_kernel_keeps_a_correlated_gaussian(target):
-    """Eight dimensions, sds .1 to 10, correlation .5; long steps make Metropolis work."""
-    sd = np.logspace(-1, 1, 8)
-    cov = (0.5 + 0.5 * np.eye(8)) * np.outer(sd, sd)
-    start = sd * np.random.default_rng(0).standard_normal((16, 8))
-    sampler = _sampler(_gaussian(cov), start, target=target)
-    sampler.warm(100)
-    draws, stats = sampler.draw(2_000)
-    draws = torch.tensor(draws)
-    assert_exact(draws, 0.0, sd)
-    assert np.abs(z_scores(draws**2, sd**2)).max() < 4
-    assert abs(stats["acceptance_rate"].mean() - target) < 0.1
-    assert not stats["diverging"].any()
-    # The change of energy is exactly balanced: E[exp(-error)] = 1 over all proposals
-    weights = np.exp(-stats["energy_error"])
-    assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(weights.size)
+def test_kernel_keeps_a_correlatedgaussian(target):
+    exact.check_gaussian_by_mclmc(target)
 
 
 def test_kernel_keeps_a_narrow_ridge():
     cov = np.array([[1.0, 0.999], [0.999, 1.0]])
-    sampler = _sampler(_gaussian(cov), np.random.default_rng(0).standard_normal((16, 2)))
+    sampler = microcanonical(gaussian(cov), np.random.default_rng(0).standard_normal((16, 2)))
     sampler.warm(100)
     draws, _ = sampler.draw(2_000)
     draws = torch.tensor(draws)
@@ -93,7 +55,7 @@ def test_time_turned_back_returns(size):
     def gradient(z):
         return (z**4).sum(1) / 4, z**3
 
-    sampler = _sampler(gradient, np.random.default_rng(1).standard_normal((3, size)) + 1)
+    sampler = microcanonical(gradient, np.random.default_rng(1).standard_normal((3, size)) + 1)
     sampler.step = 0.05
     sampler.trajectory(1.0)
     z, heat = sampler.z.copy(), np.zeros(3)
@@ -106,6 +68,29 @@ def test_time_turned_back_returns(size):
     np.testing.assert_allclose(z, sampler.z, atol=2e-4)
     np.testing.assert_allclose(sampler.u, -before, atol=2e-4)
     np.testing.assert_allclose(heat, 0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_heat_is_the_loss_of_volume_of_a_kick(size):
+    """heat = -log |det du'/du| on the sphere, by finite differences along its tangents."""
+    rng = np.random.default_rng(size)
+    u = rng.standard_normal((1, size))
+    u /= np.linalg.norm(u)
+    slope, scale = 3 * rng.standard_normal((1, size)), np.exp(rng.standard_normal(size))
+
+    def kicked(u):
+        u, heat = u.copy(), np.zeros(1)
+        kick(u, slope, scale, 0.4, heat)
+        return u, heat[0]
+
+    tangents = np.linalg.svd(u)[2][1:]
+    after, heat = kicked(u)
+    rows = []
+    for tangent in tangents:
+        ends = [kicked(math.cos(h) * u + math.sin(h) * tangent)[0] for h in (1e-5, -1e-5)]
+        rows.append((ends[0] - ends[1])[0] / 2e-5)
+    image = np.linalg.svd(after)[2][1:]
+    assert math.isclose(heat, -np.linalg.slogdet(np.array(rows) @ image.T)[1], rel_tol=1e-4)
 
 
 def test_logistic_weight_against_quadrature():
@@ -185,7 +170,7 @@ def test_a_wide_net_without_metropolis_is_warned_of():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((100, 13)).astype(np.float32)
     y = np.sin(1.5 * x[:, 0]) + 0.3 * rng.standard_normal(100)
-    method = bnn.MCLMC(adjusted=False, chains=4, warmup=30, draws=20)
+    method = bnn.MCLMC(adjusted=False, chains=4, warmup=30, draws=20, energy_variance=5e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         bnn.fit(bnn.models.mlp_regression(13, hidden=(50, 50)), x, y, method=method, seed=1)

@@ -123,3 +123,38 @@ def test_predictive_without_noise(monkeypatch):
 
     monkeypatch.setattr(prediction._Pooled, "add", noiseless)
     _fails(exact.check_predictive_noise)
+
+
+@pytest.mark.parametrize("fault", ["dropped", "sign_turned"])
+def test_metropolis_of_mclmc(fault, monkeypatch):
+    from bnn.inference import _microcanonical
+
+    plain = _microcanonical.decide
+
+    def faulty(random, error, rate, taken):
+        if fault == "sign_turned":
+            plain(random, -error, rate, taken)
+        else:
+            plain(random, error, rate, taken)
+            taken[:] = error < 100
+
+    monkeypatch.setattr(_microcanonical, "decide", faulty)
+    _fails(exact.check_gaussian_by_mclmc)
+
+
+def test_directions_of_mclmc_not_drawn_afresh(monkeypatch):
+    from bnn.inference import _microcanonical
+
+    plain = _microcanonical.redirect
+
+    def only_up(random, u):
+        plain(random, u)
+        u[:] = abs(u)
+
+    monkeypatch.setattr(_microcanonical, "redirect", only_up)
+    _fails(exact.check_gaussian_by_mclmc)
+
+
+def test_log_jacobian_missing_from_mclmc(monkeypatch):
+    monkeypatch.setattr(_energy.Energy, "log_jacobian", lambda self, z: z.new_zeros(()))
+    _fails(exact.check_positive_site_by_mclmc)
