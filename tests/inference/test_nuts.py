@@ -235,7 +235,7 @@ def test_funnel_is_right_or_warned_of():
             pyro.sample("y", dist.Normal(0 * x, 1.0), obs=y)
 
     zeros = torch.zeros(3)
-    with pytest.warns(bnn.ConvergenceWarning, match="divergence"):
+    with pytest.warns(bnn.ConvergenceWarning, match="divergence|disagree"):
         bnn.fit(model, zeros, zeros, method=nuts(draws=300), seed=9)
 
 
