@@ -15,7 +15,8 @@ kept at checkpoints, log2 of their number (Phan, Pradhan, Jankowiak 2019, sectio
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -128,7 +129,15 @@ def lanes_at(position: Array, depth: int, seeds: Array) -> Lanes:
 
 
 # Sums may be reordered, so that they run eight at a time; NaN and infinities keep their meaning.
-_jit = njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
+_OPTIONS: Any = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Machine code, kept on disk where there is a place for it."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # neither the package nor the home directory can be written to
+        return njit(**_OPTIONS)(function)
 
 
 @_jit

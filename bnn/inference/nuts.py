@@ -86,12 +86,12 @@ class NUTS(Method):
             raise ValueError(f"NUTS(target_accept={self.target_accept!r}): a rate in (0, 1).")
         if self.mass_matrix not in MASS_MATRICES:
             raise ValueError(
-                f"NUTS(mass_matrix={self.mass_matrix!r}): known: {', '.join(MASS_MATRICES)}."
+                f"NUTS(mass_matrix={self.mass_matrix!r}): one of {', '.join(MASS_MATRICES)}."
             )
 
     @property
     def abreast(self) -> int:
-        """Lanes: 4, or whole sixteens; the fewest that hold the chains, and enough to learn from."""
+        """Lanes: 4, or whole sixteens; as few as hold the chains, enough to learn from."""
         return 4 if self.chains <= 4 else -(-self.chains // 16) * 16
 
     def fit(
