@@ -8,7 +8,8 @@ Routes, the fastest first:
     looped     the model itself, lane after lane, differentiated by autograd
 
 A faster route can be wrong without a word (a random operation, a branch on a value), so each is
-used only after it has agreed with the model itself at fresh points of both signs.
+used only after it has agreed with the model itself at fresh points of both signs: standard normals,
+whatever they are to the model, and draws of its prior, where the density is finite.
 """
 
 import warnings
@@ -63,14 +64,16 @@ class Gradient:
 
         self._potential = potential
         self._vmapped = vmap(grad_and_value(potential))
-        self._points = [
+        points = [energy.initial(lanes, branch(seed, 3))]
+        points += [
             torch.randn(lanes, energy.size, generator=generator(branch(seed, k))) * scale
             for k, scale in enumerate((0.5, 0.5, 1.0))
         ]
-        self._points += [-p for p in self._points]
-        self._check_deterministic(self._points[0])
+        self._points = points + [-p for p in points]
         self._exact = [self._looped(p) for p in self._points]
+        self._check_deterministic()
         self._graph: Any = None
+        self._hastened = False
         self.route, self._call = "looped", self._looped
         wanted = ROUTES.index(route or "traced")
         for name in ("vmapped", "traced", "compiled"):
@@ -88,8 +91,9 @@ class Gradient:
         The decision depends on the model and the count alone, never on a clock: the same fit takes
         the same route.
         """
-        if self.route != "traced" or self._saving() * calls < _COMPILING:
+        if self._hastened or self.route != "traced" or self._saving() * calls < _COMPILING:
             return False
+        self._hastened = True  # what failed once would fail again, seconds later
         return self._try("compiled")
 
     def _saving(self) -> float:
@@ -136,15 +140,22 @@ class Gradient:
             values.append(value.detach())
         return torch.stack(gradients), torch.stack(values)
 
-    def _check_deterministic(self, z: Tensor) -> None:
-        with torch.no_grad():
-            first, second = self._potential(z[0]), self._potential(z[0])
-        if not torch.equal(first, second) and not (torch.isnan(first) and torch.isnan(second)):
-            raise ModelError(
-                "The log density differs between two runs at the same draw: the model is random "
-                "beyond its sample statements. Is a dropout or batch norm layer in training mode? "
-                "Call net.eval()."
-            )
+    def _check_deterministic(self) -> None:
+        """Two runs at a draw must agree; where a run draws random numbers, at every point.
+
+        Drawing alone is no fault: a net built in the model draws weights, and replaces them.
+        """
+        before = torch.get_rng_state()
+        for z, (_, exact) in zip(self._points, self._exact, strict=True):
+            _, again = self._looped(z)
+            if not torch.equal(again.nan_to_num(), exact.nan_to_num()):
+                raise ModelError(
+                    "The log density differs between two runs at the same draw: the model is "
+                    "random beyond its sample statements. Is a dropout or batch norm layer in "
+                    "training mode? Call net.eval()."
+                )
+            if torch.equal(before, torch.get_rng_state()):
+                return
 
 
 def _first_line(error: Exception) -> str:
