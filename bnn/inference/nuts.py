@@ -150,8 +150,10 @@ class _Compiling:
         self.gradient, self.shown, self.iterations = gradient, shown, iterations
 
     def __call__(self, steps: float) -> None:
-        self.shown.set_postfix_str("compiling the gradient (seconds)")
-        self.gradient.hasten(steps * self.iterations)
+        self.gradient.hasten(
+            steps * self.iterations,
+            lambda: self.shown.set_postfix_str("compiling the gradient, some seconds"),
+        )
 
 
 def _show(shown: Any, progress: "Progress") -> None:
