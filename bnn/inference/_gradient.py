@@ -78,7 +78,7 @@ class Gradient:
                 self._try(name)
         if ROUTES.index(self.route) > wanted and self.route != "traced":
             warnings.warn(
-                f"The model could not be traced ({self._reason}): Pyro runs it at every gradient, by "
+                f"The model could not be traced ({self._reason}): Pyro runs at every gradient, by "
                 f"route {self.route!r}, ten times slower or more, to draws of the same law. "
                 "Write it with tensor operations, without branches on values, to make it fast.",
                 PerformanceWarning,
