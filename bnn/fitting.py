@@ -64,7 +64,8 @@ def fit(
     read, sites = contract.check(model, arguments.read(model, data))
     dtype = torch.get_default_dtype()
     weights = sum(math.prod(site.shape) for site in sites.latent.values())
-    with quiet_pyro(), seeded(root), threads(len(read.observations) * weights):
+    work = len(read.observations) * weights * method.abreast
+    with quiet_pyro(), seeded(root), threads(work):
         try:
             posterior = method.fit(model, read, sites, seed=root, progress=progress)
         finally:

@@ -181,13 +181,13 @@ _SMALL = 2_000_000  # multiplications: below, waking a second thread costs more 
 
 @contextmanager
 def threads(work: int) -> Iterator[None]:
-    """One torch thread for small work; the caller's number of threads afterwards.
+    """One torch thread for small work, else the caller's number; that number afterwards.
 
     On a busy machine two threads that wait for each other at every small operation are tens of
     times slower than one.
 
     Args:
-        work: multiplications in one pass of the model, about rows x weights.
+        work: multiplications in one call, about rows x weights x runs computed together.
     """
     before = torch.get_num_threads()
     try:

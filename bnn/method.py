@@ -33,6 +33,11 @@ class Method(ABC):
         if not getattr(cls.fit, "__isabstractmethod__", False):
             METHODS[cls.__name__] = cls
 
+    @property
+    def abreast(self) -> int:
+        """Runs of the model that are computed together: with many, a second thread pays."""
+        return 1
+
     @abstractmethod
     def fit(
         self,

@@ -68,7 +68,7 @@ def test_models_know_torch_and_pyro_only(file):
 @pytest.mark.parametrize("file", INFERENCE)
 def test_a_method_knows_the_core_and_shared_machinery(file):
     names = imports(file)
-    assert outside(names) <= {"torch", "pyro", "numpy", "tqdm"}
+    assert outside(names) <= {"torch", "pyro", "numpy", "tqdm", "numba"}
     assert not any(within(n, "bnn.models") for n in names)
     if file != "bnn/inference/__init__.py":
         for name in imports(file, top=True):

@@ -5,11 +5,13 @@ Where that changes what the function computes it does so without a word, so whoe
 compares it with the function first.
 """
 
+import copy
 import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 _ATEN = torch.ops.aten
+# Their decompositions fail unless half of the inductor happens to be imported: the route, and so
+# the draws, would depend on what ran before.
+_POOLS = (_ATEN.max_pool2d_with_indices.default, _ATEN.max_pool3d_with_indices.default)
 
 
 def graph_of(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
@@ -30,16 +35,19 @@ def graph_of(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
     """
     from torch._inductor.decomposition import select_decomp_table
 
+    table = dict(select_decomp_table())
+    for pool in _POOLS:
+        table.pop(pool, None)
     with torch.no_grad():
         pure: Any = functionalize(function)  # in-place operations on a buffer would fold wrongly
-        return _fold(make_fx(pure, decomposition_table=select_decomp_table())(*examples))
+        return _fold(make_fx(pure, decomposition_table=table)(*examples))
 
 
 def traced(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
     """The graph run by TorchScript: no Python between operations, and no compiler needed."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch announces the end of torch.jit in 3.0
-        script: Any = torch.jit.trace(graph, examples, check_trace=False)
+        script: Any = torch.jit.trace(_recorded(graph), examples, check_trace=False)
         run: Any = torch.jit.freeze(script.eval())
 
     def program(*args: Tensor) -> Any:
@@ -67,6 +75,52 @@ def compiled(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
         return program(list(args))
 
     return run
+
+
+def _recorded(graph: GraphModule) -> GraphModule:
+    """A copy that TorchScript can record: it has no record of a convolution's backward pass."""
+    backward = _ATEN.convolution_backward.default
+    if not any(node.target is backward for node in graph.graph.nodes):
+        return graph
+    graph = copy.deepcopy(graph)
+    for node in graph.graph.nodes:
+        if node.target is operator.getitem and node.args[0].target is backward:
+            whole, which = node.args
+            node.target, node.args = _convolution_slope, (*whole.args[:-1], which)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _convolution_slope(*args: Any) -> Tensor:
+    return _convolution_slope_script()(*args)
+
+
+@cache
+def _convolution_slope_script() -> Any:
+    @torch.jit.script
+    def slope(
+        out: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: list[int] | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+        which: int,
+    ) -> Tensor:
+        slopes = torch.ops.aten.convolution_backward(
+            out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups,
+            [which == 0, which == 1, which == 2],
+        )  # fmt: skip
+        if which == 0:
+            return slopes[0]
+        return slopes[1] if which == 1 else slopes[2]
+
+    return slope
 
 
 @contextmanager

@@ -8,7 +8,8 @@ Routes, the fastest first:
     looped     the model itself, lane after lane, differentiated by autograd
 
 A faster route can be wrong without a word (a random operation, a branch on a value), so each is
-used only after it has agreed with the model itself at fresh points of both signs.
+used only after it has agreed with the model itself at fresh points of both signs: standard normals,
+whatever they are to the model, and draws of its prior, where the density is finite.
 """
 
 import warnings
@@ -27,10 +28,7 @@ from bnn.inference._energy import Energy
 
 ROUTES = ("compiled", "traced", "vmapped", "looped")
 _COMPILING = 6.0  # seconds that a compilation takes, between its first time and the cached one
-_CALL, _NUMBER = (
-    0.4e-6,
-    0.35e-9,
-)  # seconds that it saves for each operation and each number, per call
+_CALL, _NUMBER = 0.4e-6, 0.35e-9  # seconds saved by it in a call, for each operation and number
 
 
 class Gradient:
@@ -63,33 +61,49 @@ class Gradient:
 
         self._potential = potential
         self._vmapped = vmap(grad_and_value(potential))
-        self._points = [
+        points = [energy.initial(lanes, branch(seed, 3))]
+        points += [
             torch.randn(lanes, energy.size, generator=generator(branch(seed, k))) * scale
             for k, scale in enumerate((0.5, 0.5, 1.0))
         ]
-        self._points += [-p for p in self._points]
-        self._check_deterministic(self._points[0])
+        self._points = points + [-p for p in points]
         self._exact = [self._looped(p) for p in self._points]
+        self._check_deterministic()
         self._graph: Any = None
+        self._hastened, self._reason = False, ""
         self.route, self._call = "looped", self._looped
         wanted = ROUTES.index(route or "traced")
         for name in ("vmapped", "traced", "compiled"):
             if ROUTES.index(name) >= wanted:
                 self._try(name)
+        if ROUTES.index(self.route) > wanted and self.route != "traced":
+            warnings.warn(
+                f"The model could not be traced ({self._reason}): Pyro runs at every gradient, by "
+                f"route {self.route!r}, ten times slower or more, to draws of the same law. "
+                "Write it with tensor operations, without branches on values, to make it fast.",
+                PerformanceWarning,
+                stacklevel=5,
+            )
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(lane, size) -> potential (lane,) and gradient (lane, size)."""
         gradient, value = self._call(z)
         return value, gradient
 
-    def hasten(self, calls: float) -> bool:
+    def hasten(self, calls: float, announce: Callable[[], None] = lambda: None) -> bool:
         """Compiles, if so many calls would repay it; True if it did.
 
         The decision depends on the model and the count alone, never on a clock: the same fit takes
         the same route.
+
+        Args:
+            calls: that are still to come.
+            announce: called before the seconds that it takes.
         """
-        if self.route != "traced" or self._saving() * calls < _COMPILING:
+        if self._hastened or self.route != "traced" or self._saving() * calls < _COMPILING:
             return False
+        announce()
+        self._hastened = True  # what failed once would fail again, seconds later
         return self._try("compiled")
 
     def _saving(self) -> float:
@@ -104,9 +118,10 @@ class Gradient:
                 _close(call(p), exact) for p, exact in zip(self._points, self._exact, strict=True)
             )
         except Exception as error:  # a branch on a value, an operation without a trace or code
+            self._reason = _first_line(error)
             if name == "compiled":
                 warnings.warn(
-                    f"The gradient could not be compiled ({_first_line(error)}): it runs by the "
+                    f"The gradient could not be compiled ({self._reason}): it runs by the "
                     f"slower route {self.route!r}, to draws of the same law. Is there a C++ "
                     "compiler (g++ or clang) on the path?",
                     PerformanceWarning,
@@ -115,6 +130,8 @@ class Gradient:
             return False
         if agrees:
             self.route, self._call = name, call
+        else:
+            self._reason = "its graph gives other numbers"
         return agrees
 
     def _built(self, name: str) -> Callable[[Tensor], Any]:
@@ -136,15 +153,22 @@ class Gradient:
             values.append(value.detach())
         return torch.stack(gradients), torch.stack(values)
 
-    def _check_deterministic(self, z: Tensor) -> None:
-        with torch.no_grad():
-            first, second = self._potential(z[0]), self._potential(z[0])
-        if not torch.equal(first, second) and not (torch.isnan(first) and torch.isnan(second)):
-            raise ModelError(
-                "The log density differs between two runs at the same draw: the model is random "
-                "beyond its sample statements. Is a dropout or batch norm layer in training mode? "
-                "Call net.eval()."
-            )
+    def _check_deterministic(self) -> None:
+        """Two runs at a draw must agree; where a run draws random numbers, at every point.
+
+        Drawing alone is no fault: a net built in the model draws weights, and replaces them.
+        """
+        before = torch.get_rng_state()
+        for z, (_, exact) in zip(self._points, self._exact, strict=True):
+            _, again = self._looped(z)
+            if not torch.equal(again.nan_to_num(), exact.nan_to_num()):
+                raise ModelError(
+                    "The log density differs between two runs at the same draw: the model is "
+                    "random beyond its sample statements. Is a dropout or batch norm layer in "
+                    "training mode? Call net.eval()."
+                )
+            if torch.equal(before, torch.get_rng_state()):
+                return
 
 
 def _first_line(error: Exception) -> str:

@@ -75,8 +75,8 @@ class Sampler:
         self.adapt[machine.LOG_STEP] = np.log(0.5 * start.shape[1] ** -0.25)
         self.iterations, self.phase = 0.0, "warmup"
         potential, slope = self._asked(torch.from_numpy(start))
-        self.lanes.tree_potential[:] = potential
-        self.lanes.tree_gradient[:] = slope
+        self.lanes.numbers[machine.TREE_POTENTIAL] = potential
+        self.lanes.vectors[machine.TREE_GRADIENT] = slope
         self.metric = estimated("diagonal", start, slope, self.metric)
 
     def warm(self, iterations: int, between: Callable[[float], Any] = lambda steps: None) -> None:
@@ -103,20 +103,20 @@ class Sampler:
         Returns:
             Positions (chain, draw, size) and statistics, (chain, draw) each.
         """
-        lanes, size = self.lanes.position.shape
-        kept = _room(lanes, draws, size, 1, self.lanes.position.dtype)
-        self.lanes.wanted[:] = np.where(np.arange(lanes) < chains, draws, 0)
+        lanes, size = self.lanes.vectors.shape[1:]
+        kept = _room(lanes, draws, size, 1, self.lanes.vectors.dtype)
+        self.lanes.counts[machine.WANTED] = np.where(np.arange(lanes) < chains, draws, 0)
         self._go(kept, self.depth, adapting=False, until=None)
         stats = {name: kept.stats[:chains, :, i] for i, name in enumerate(machine.STATS)}
         return kept.positions[:chains], stats
 
     def _run(self, iterations: int, depth: int) -> Kept:
         """Warmup trajectories, so many in all as makes `iterations` for each lane."""
-        lanes, size = self.lanes.position.shape
+        lanes, size = self.lanes.vectors.shape[1:]
         total = lanes * iterations
         room = min(total, max(50, _STORED // size))
-        kept = _room(lanes, 0, size, room, self.lanes.position.dtype)
-        self.lanes.wanted[:] = np.iinfo(np.int64).max
+        kept = _room(lanes, 0, size, room, self.lanes.vectors.dtype)
+        self.lanes.counts[machine.WANTED] = np.iinfo(np.int64).max
         self._go(kept, depth, adapting=True, until=total)
         return kept
 
@@ -125,11 +125,15 @@ class Sampler:
         adapt[machine.ADAPT] = adapting
         adapt[machine.CENTRE] = adapt[machine.AVERAGE] = adapt[machine.LOG_STEP]
         adapt[[machine.ERROR, machine.COUNT, machine.SUM, machine.SUMMED]] = 0.0
-        lanes.done[:] = 0
+        lanes.counts[machine.DONE] = 0
         machine.begin(lanes, adapt, self.metric)
-        position = torch.from_numpy(lanes.position)
-        before, calls, count = self.iterations, 0, len(lanes.done)
-        while kept.total[0] < until if until is not None else (lanes.done < lanes.wanted).any():
+        position = torch.from_numpy(lanes.vectors[machine.POSITION])
+        before, calls, count = self.iterations, 0, lanes.counts.shape[1]
+        while (
+            kept.total[0] < until
+            if until is not None
+            else (lanes.counts[machine.DONE] < lanes.counts[machine.WANTED]).any()
+        ):
             potential, slope = self._asked(position)
             machine.advance(lanes, potential, slope, adapt, self.metric, depth, kept)
             calls += 1
@@ -150,7 +154,7 @@ class Sampler:
                 step=float(np.exp(self.adapt[machine.LOG_STEP])),
                 acceptance=float(rates[finished].mean()) if finished.any() else float("nan"),
                 divergences=int(kept.stats[:, :, machine.STATS.index("diverging")].sum()),
-                steps=calls * len(self.lanes.done) / max(int(kept.total[0]), 1),
+                steps=calls * self.lanes.counts.shape[1] / max(int(kept.total[0]), 1),
             )
         )
 

@@ -15,7 +15,8 @@ kept at checkpoints, log2 of their number (Phan, Pradhan, Jankowiak 2019, sectio
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -41,45 +42,51 @@ ADAPT, TARGET, LOG_STEP, AVERAGE, ERROR, COUNT, CENTRE, SUM, SUMMED = range(9)
 _GAMMA, _OFFSET, _KAPPA = 0.1, 10.0, 0.75
 
 
+# Rows of `Lanes.vectors`. near and far: the two ends of the trajectory, the near one being
+# integrated; tree: the state that the trajectory proposes, between trajectories the chain's present
+# draw; branch: the one that the subtree in growth proposes; sums are of momenta.
+(
+    POSITION,  # near end; between calls, where the gradient is asked for
+    MOMENTUM,
+    GRADIENT,
+    FAR_POSITION,
+    FAR_MOMENTUM,
+    FAR_GRADIENT,
+    TREE_POSITION,
+    TREE_GRADIENT,
+    TREE_SUM,
+    BRANCH_POSITION,
+    BRANCH_GRADIENT,
+    BRANCH_SUM,
+) = range(12)
+# Rows of `Lanes.numbers`. A weight is the log of a sum of exp(start energy - energy).
+(
+    TREE_POTENTIAL,
+    TREE_ENERGY,
+    TREE_WEIGHT,
+    BRANCH_POTENTIAL,
+    BRANCH_ENERGY,
+    BRANCH_WEIGHT,
+    START_ENERGY,
+    ACCEPTANCE,  # summed over the steps of a trajectory
+    WORST,
+    STEP,
+    DIRECTION,
+) = range(11)
+# Rows of `Lanes.counts`: doublings, leaves of the subtree in growth, leapfrogs of the trajectory,
+# trajectories finished, and after how many a lane rests.
+DEPTH, LEAVES, STEPS, DONE, WANTED = range(5)
+
+
 class Lanes(NamedTuple):
-    """The whole state of the machine, a plain tree of arrays. lane = L, size = d, depth cap = D.
+    """The whole state of the machine, a plain tree of arrays."""
 
-    near/far: the two ends of the trajectory, the near one being integrated; tree: the state that
-    the trajectory proposes; branch: the one that the subtree in growth proposes.
-    """
-
-    position: Array  # (L, d) near end; between calls, where the gradient is asked for
-    momentum: Array  # (L, d)
-    far_position: Array  # (L, d)
-    far_momentum: Array  # (L, d)
-    far_gradient: Array  # (L, d)
-    gradient: Array  # (L, d) at the near end when directions swap
-    tree_position: Array  # (L, d) between trajectories: the chain's present draw
-    tree_gradient: Array  # (L, d)
-    branch_position: Array  # (L, d)
-    branch_gradient: Array  # (L, d)
-    tree_sum: Array  # (L, d) of momenta
-    branch_sum: Array  # (L, d)
-    mark_momentum: Array  # (L, D + 1, d)
-    mark_sum: Array  # (L, D + 1, d)
-    work: Array  # (2, d) and (k,) are scratch; see `metric`
-    tree_potential: Array  # (L,) and so are all below
-    branch_potential: Array
-    tree_energy: Array
-    branch_energy: Array
-    start_energy: Array
-    tree_weight: Array  # log of the sum of exp(start energy - energy)
-    branch_weight: Array
-    acceptance: Array  # sums over the steps of a trajectory
-    worst: Array
-    step: Array
-    direction: Array
-    depth: Array
-    leaves: Array  # of the subtree in growth
-    steps: Array
-    random: Array  # (L, 4) xoshiro256++
-    done: Array  # (L,) trajectories finished
-    wanted: Array  # (L,) a lane that has as many rests
+    vectors: Array  # (12, lane, size)
+    marks: Array  # (2, lane, depth cap + 1, size) momenta and sums where subtrees began
+    numbers: Array  # (11, lane)
+    counts: Array  # (5, lane) of whole numbers
+    random: Array  # (lane, 4) state of xoshiro256++
+    scratch: Array  # (2, size)
 
 
 class Metric(NamedTuple):
@@ -109,51 +116,28 @@ def lanes_at(position: Array, depth: int, seeds: Array) -> Lanes:
         seeds: (lane, 4) of unsigned 64-bit integers.
     """
     count, size = position.shape
-
-    def vector() -> Array:
-        return np.zeros_like(position)
-
-    def number(kind: type = np.float64) -> Array:
-        return np.zeros(count, dtype=kind)
-
+    vectors = np.zeros((12, count, size), position.dtype)
+    vectors[POSITION] = vectors[TREE_POSITION] = position
     return Lanes(
-        position=position.copy(),
-        momentum=vector(),
-        far_position=vector(),
-        far_momentum=vector(),
-        far_gradient=vector(),
-        gradient=vector(),
-        tree_position=position.copy(),
-        tree_gradient=vector(),
-        branch_position=vector(),
-        branch_gradient=vector(),
-        tree_sum=vector(),
-        branch_sum=vector(),
-        mark_momentum=np.zeros((count, depth + 1, size), position.dtype),
-        mark_sum=np.zeros((count, depth + 1, size), position.dtype),
-        work=np.zeros((2, size), position.dtype),
-        tree_potential=number(),
-        branch_potential=number(),
-        tree_energy=number(),
-        branch_energy=number(),
-        start_energy=number(),
-        tree_weight=number(),
-        branch_weight=number(),
-        acceptance=number(),
-        worst=number(),
-        step=number(),
-        direction=number(),
-        depth=number(np.int64),
-        leaves=number(np.int64),
-        steps=number(np.int64),
+        vectors=vectors,
+        marks=np.zeros((2, count, depth + 1, size), position.dtype),
+        numbers=np.zeros((11, count)),
+        counts=np.zeros((5, count), np.int64),
         random=seeds.copy(),
-        done=number(np.int64),
-        wanted=number(np.int64),
+        scratch=np.zeros((2, size), position.dtype),
     )
 
 
 # Sums may be reordered, so that they run eight at a time; NaN and infinities keep their meaning.
-_jit = njit(cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
+_OPTIONS: Any = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Machine code, kept on disk where there is a place for it."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # neither the package nor the home directory can be written to
+        return njit(**_OPTIONS)(function)
 
 
 @_jit
@@ -194,14 +178,14 @@ def _log_sum(a, b):
 
 
 @_jit
-def _kick(momentum, gradient, length, metric, work):
+def _kick(momentum, gradient, length, metric, scratch):
     """Momentum less length L' gradient, in place."""
     size, rank = len(momentum), len(metric.gain)
     if rank == 0:
         for i in range(size):
             momentum[i] -= length * metric.scale[i] * gradient[i]
         return
-    scaled = work[0]
+    scaled = scratch[0]
     for i in range(size):
         scaled[i] = metric.scale[i] * gradient[i]
     for k in range(rank):
@@ -217,14 +201,14 @@ def _kick(momentum, gradient, length, metric, work):
 
 
 @_jit
-def _drift(position, momentum, length, metric, work):
+def _drift(position, momentum, length, metric, scratch):
     """Position plus length L momentum, in place."""
     size, rank = len(momentum), len(metric.gain)
     if rank == 0:
         for i in range(size):
             position[i] += length * metric.scale[i] * momentum[i]
         return
-    moved = work[1]
+    moved = scratch[1]
     moved[:] = momentum
     for k in range(rank):
         row = metric.basis[k]
@@ -263,50 +247,50 @@ def _turned(one, other, total):
 @_jit
 def _begin(s, c, adapt, metric):
     """A new trajectory from the lane's present draw: momentum, energy, both ends there."""
-    _fill_normal(s.random[c], s.momentum[c])
+    _fill_normal(s.random[c], s.vectors[MOMENTUM, c])
     kinetic = 0.0
-    for i in range(s.momentum.shape[1]):
-        kinetic += s.momentum[c, i] * s.momentum[c, i]
-    s.far_momentum[c] = s.momentum[c]
-    s.tree_sum[c] = s.momentum[c]
-    s.position[c] = s.tree_position[c]
-    s.far_position[c] = s.tree_position[c]
-    s.far_gradient[c] = s.tree_gradient[c]
-    s.gradient[c] = s.tree_gradient[c]
-    s.start_energy[c] = s.tree_potential[c] + 0.5 * kinetic
-    s.tree_energy[c] = s.start_energy[c]
-    s.tree_weight[c] = 0.0
-    s.depth[c] = 0
-    s.steps[c] = 0
-    s.acceptance[c] = 0.0
-    s.worst[c] = 0.0
-    s.step[c] = math.exp(adapt[LOG_STEP])
-    s.direction[c] = -1.0 if _uniform(s.random[c]) < 0.5 else 1.0
+    for i in range(s.vectors.shape[2]):
+        kinetic += s.vectors[MOMENTUM, c, i] * s.vectors[MOMENTUM, c, i]
+    s.vectors[FAR_MOMENTUM, c] = s.vectors[MOMENTUM, c]
+    s.vectors[TREE_SUM, c] = s.vectors[MOMENTUM, c]
+    s.vectors[POSITION, c] = s.vectors[TREE_POSITION, c]
+    s.vectors[FAR_POSITION, c] = s.vectors[TREE_POSITION, c]
+    s.vectors[FAR_GRADIENT, c] = s.vectors[TREE_GRADIENT, c]
+    s.vectors[GRADIENT, c] = s.vectors[TREE_GRADIENT, c]
+    s.numbers[START_ENERGY, c] = s.numbers[TREE_POTENTIAL, c] + 0.5 * kinetic
+    s.numbers[TREE_ENERGY, c] = s.numbers[START_ENERGY, c]
+    s.numbers[TREE_WEIGHT, c] = 0.0
+    s.counts[DEPTH, c] = 0
+    s.counts[STEPS, c] = 0
+    s.numbers[ACCEPTANCE, c] = 0.0
+    s.numbers[WORST, c] = 0.0
+    s.numbers[STEP, c] = math.exp(adapt[LOG_STEP])
+    s.numbers[DIRECTION, c] = -1.0 if _uniform(s.random[c]) < 0.5 else 1.0
     _sprout(s, c)
 
 
 @_jit
 def _sprout(s, c):
     """A new subtree."""
-    s.branch_sum[c] = 0.0
-    s.branch_weight[c] = -np.inf
-    s.leaves[c] = 0
+    s.vectors[BRANCH_SUM, c] = 0.0
+    s.numbers[BRANCH_WEIGHT, c] = -np.inf
+    s.counts[LEAVES, c] = 0
 
 
 @_jit
 def _half(s, c, gradient, metric):
     """Half a kick and a drift: to the next position whose gradient is needed."""
-    length = s.direction[c] * s.step[c]
-    _kick(s.momentum[c], gradient, 0.5 * length, metric, s.work)
-    _drift(s.position[c], s.momentum[c], length, metric, s.work)
+    length = s.numbers[DIRECTION, c] * s.numbers[STEP, c]
+    _kick(s.vectors[MOMENTUM, c], gradient, 0.5 * length, metric, s.scratch)
+    _drift(s.vectors[POSITION, c], s.vectors[MOMENTUM, c], length, metric, s.scratch)
 
 
 @_jit
 def begin(s, adapt, metric):
     """Every lane starts a trajectory from its present draw."""
-    for c in range(len(s.done)):
+    for c in range(s.counts.shape[1]):
         _begin(s, c, adapt, metric)
-        _half(s, c, s.gradient[c], metric)
+        _half(s, c, s.vectors[GRADIENT, c], metric)
 
 
 @_jit
@@ -332,25 +316,25 @@ def _learn(adapt, acceptance, lanes):
 @_jit
 def _store(s, c, diverged, saturated, kept):
     """Writes a finished trajectory's draw and statistics."""
-    at = s.done[c]
+    at = s.counts[DONE, c]
     if at < kept.positions.shape[1]:
-        kept.positions[c, at] = s.tree_position[c]
+        kept.positions[c, at] = s.vectors[TREE_POSITION, c]
         row = kept.stats[c, at]
-        row[0] = -s.tree_potential[c]
+        row[0] = -s.numbers[TREE_POTENTIAL, c]
         row[1] = diverged
-        row[2] = s.tree_energy[c]
-        row[3] = s.tree_energy[c] - s.start_energy[c]
-        row[4] = s.worst[c]
-        row[5] = s.acceptance[c] / s.steps[c]
-        row[6] = s.step[c]
-        row[7] = s.depth[c]
-        row[8] = s.steps[c]
+        row[2] = s.numbers[TREE_ENERGY, c]
+        row[3] = s.numbers[TREE_ENERGY, c] - s.numbers[START_ENERGY, c]
+        row[4] = s.numbers[WORST, c]
+        row[5] = s.numbers[ACCEPTANCE, c] / s.counts[STEPS, c]
+        row[6] = s.numbers[STEP, c]
+        row[7] = s.counts[DEPTH, c]
+        row[8] = s.counts[STEPS, c]
         row[9] = saturated
     m = kept.total[0] % len(kept.pooled)
-    kept.pooled[m] = s.tree_position[c]
-    kept.slopes[m] = s.tree_gradient[c]
+    kept.pooled[m] = s.vectors[TREE_POSITION, c]
+    kept.slopes[m] = s.vectors[TREE_GRADIENT, c]
     kept.total[0] += 1
-    s.done[c] = at + 1
+    s.counts[DONE, c] = at + 1
 
 
 @_jit
@@ -366,43 +350,45 @@ def advance(s, potential, gradient, adapt, metric, depth_cap, kept):
         depth_cap: largest tree depth now, at most that of the state.
         kept: where draws go.
     """
-    lanes, size = s.position.shape
+    lanes, size = s.vectors.shape[1:]
     for c in range(lanes):
-        if s.done[c] >= s.wanted[c]:
+        if s.counts[DONE, c] >= s.counts[WANTED, c]:
             continue
-        momentum, slope = s.momentum[c], gradient[c]
-        _kick(momentum, slope, 0.5 * s.direction[c] * s.step[c], metric, s.work)
+        momentum, slope = s.vectors[MOMENTUM, c], gradient[c]
+        _kick(
+            momentum, slope, 0.5 * s.numbers[DIRECTION, c] * s.numbers[STEP, c], metric, s.scratch
+        )
         kinetic = 0.0
         for i in range(size):
             kinetic += momentum[i] * momentum[i]
-            s.branch_sum[c, i] += momentum[i]
+            s.vectors[BRANCH_SUM, c, i] += momentum[i]
         energy = potential[c] + 0.5 * kinetic
-        error = energy - s.start_energy[c]
+        error = energy - s.numbers[START_ENERGY, c]
         if not error < 1e30:  # NaN and infinity
             error = 1e30
         diverged = error > DIVERGENCE
-        s.steps[c] += 1
-        s.acceptance[c] += math.exp(-max(error, 0.0))
-        if abs(error) > abs(s.worst[c]):
-            s.worst[c] = error
-        s.branch_weight[c] = _log_sum(s.branch_weight[c], -error)
-        if _uniform(s.random[c]) < math.exp(-error - s.branch_weight[c]):
-            s.branch_position[c] = s.position[c]
-            s.branch_gradient[c] = slope
-            s.branch_potential[c] = potential[c]
-            s.branch_energy[c] = energy
+        s.counts[STEPS, c] += 1
+        s.numbers[ACCEPTANCE, c] += math.exp(-max(error, 0.0))
+        if abs(error) > abs(s.numbers[WORST, c]):
+            s.numbers[WORST, c] = error
+        s.numbers[BRANCH_WEIGHT, c] = _log_sum(s.numbers[BRANCH_WEIGHT, c], -error)
+        if _uniform(s.random[c]) < math.exp(-error - s.numbers[BRANCH_WEIGHT, c]):
+            s.vectors[BRANCH_POSITION, c] = s.vectors[POSITION, c]
+            s.vectors[BRANCH_GRADIENT, c] = slope
+            s.numbers[BRANCH_POTENTIAL, c] = potential[c]
+            s.numbers[BRANCH_ENERGY, c] = energy
         # Leaf n closes the subtrees that end at it; their beginnings are kept at marks, one for
         # each bit set in n // 2.
-        n = s.leaves[c]
-        s.leaves[c] = n + 1
+        n = s.counts[LEAVES, c]
+        s.counts[LEAVES, c] = n + 1
         mark, rest = 0, n >> 1
         while rest:
             mark += rest & 1
             rest >>= 1
         turned = False
         if n & 1 == 0:
-            s.mark_momentum[c, mark] = momentum
-            s.mark_sum[c, mark] = s.branch_sum[c]
+            s.marks[0, c, mark] = momentum
+            s.marks[1, c, mark] = s.vectors[BRANCH_SUM, c]
         else:
             closing, rest = 0, n
             while rest & 1:
@@ -410,44 +396,49 @@ def advance(s, potential, gradient, adapt, metric, depth_cap, kept):
                 rest >>= 1
             for k in range(mark, mark - closing, -1):
                 if _turned_since(
-                    s.mark_momentum[c, k], momentum, s.branch_sum[c], s.mark_sum[c, k]
+                    s.marks[0, c, k], momentum, s.vectors[BRANCH_SUM, c], s.marks[1, c, k]
                 ):
                     turned = True
                     break
         broken = turned or diverged
         near = slope
-        if broken or n + 1 == 1 << s.depth[c]:
+        if broken or n + 1 == 1 << s.counts[DEPTH, c]:
             ends = broken
             saturated = False
-            s.depth[c] += 1
+            s.counts[DEPTH, c] += 1
             if not broken:
-                if math.log(_uniform(s.random[c])) < s.branch_weight[c] - s.tree_weight[c]:
-                    s.tree_position[c] = s.branch_position[c]
-                    s.tree_gradient[c] = s.branch_gradient[c]
-                    s.tree_potential[c] = s.branch_potential[c]
-                    s.tree_energy[c] = s.branch_energy[c]
-                s.tree_weight[c] = _log_sum(s.tree_weight[c], s.branch_weight[c])
+                if (
+                    math.log(_uniform(s.random[c]))
+                    < s.numbers[BRANCH_WEIGHT, c] - s.numbers[TREE_WEIGHT, c]
+                ):
+                    s.vectors[TREE_POSITION, c] = s.vectors[BRANCH_POSITION, c]
+                    s.vectors[TREE_GRADIENT, c] = s.vectors[BRANCH_GRADIENT, c]
+                    s.numbers[TREE_POTENTIAL, c] = s.numbers[BRANCH_POTENTIAL, c]
+                    s.numbers[TREE_ENERGY, c] = s.numbers[BRANCH_ENERGY, c]
+                s.numbers[TREE_WEIGHT, c] = _log_sum(
+                    s.numbers[TREE_WEIGHT, c], s.numbers[BRANCH_WEIGHT, c]
+                )
                 for i in range(size):
-                    s.tree_sum[c, i] += s.branch_sum[c, i]
-                ends = _turned(s.far_momentum[c], momentum, s.tree_sum[c])
-                if not ends and s.depth[c] >= depth_cap:
+                    s.vectors[TREE_SUM, c, i] += s.vectors[BRANCH_SUM, c, i]
+                ends = _turned(s.vectors[FAR_MOMENTUM, c], momentum, s.vectors[TREE_SUM, c])
+                if not ends and s.counts[DEPTH, c] >= depth_cap:
                     ends = saturated = True
             if ends:
-                _learn(adapt, s.acceptance[c] / s.steps[c], lanes)
+                _learn(adapt, s.numbers[ACCEPTANCE, c] / s.counts[STEPS, c], lanes)
                 _store(s, c, diverged, saturated, kept)
                 _begin(s, c, adapt, metric)
-                near = s.gradient[c]
+                near = s.vectors[GRADIENT, c]
             else:
                 direction = -1.0 if _uniform(s.random[c]) < 0.5 else 1.0
-                if direction != s.direction[c]:
+                if direction != s.numbers[DIRECTION, c]:
                     for i in range(size):
-                        a, b = s.position[c, i], s.far_position[c, i]
-                        s.position[c, i], s.far_position[c, i] = b, a
-                        a, b = s.momentum[c, i], s.far_momentum[c, i]
-                        s.momentum[c, i], s.far_momentum[c, i] = b, a
-                        s.gradient[c, i] = s.far_gradient[c, i]
-                        s.far_gradient[c, i] = slope[i]
-                    near = s.gradient[c]
-                s.direction[c] = direction
+                        a, b = s.vectors[POSITION, c, i], s.vectors[FAR_POSITION, c, i]
+                        s.vectors[POSITION, c, i], s.vectors[FAR_POSITION, c, i] = b, a
+                        a, b = s.vectors[MOMENTUM, c, i], s.vectors[FAR_MOMENTUM, c, i]
+                        s.vectors[MOMENTUM, c, i], s.vectors[FAR_MOMENTUM, c, i] = b, a
+                        s.vectors[GRADIENT, c, i] = s.vectors[FAR_GRADIENT, c, i]
+                        s.vectors[FAR_GRADIENT, c, i] = slope[i]
+                    near = s.vectors[GRADIENT, c]
+                s.numbers[DIRECTION, c] = direction
                 _sprout(s, c)
         _half(s, c, near, metric)

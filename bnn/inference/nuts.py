@@ -86,8 +86,13 @@ class NUTS(Method):
             raise ValueError(f"NUTS(target_accept={self.target_accept!r}): a rate in (0, 1).")
         if self.mass_matrix not in MASS_MATRICES:
             raise ValueError(
-                f"NUTS(mass_matrix={self.mass_matrix!r}): known are {', '.join(MASS_MATRICES)}."
+                f"NUTS(mass_matrix={self.mass_matrix!r}): one of {', '.join(MASS_MATRICES)}."
             )
+
+    @property
+    def abreast(self) -> int:
+        """Lanes: 4, or whole sixteens; as few as hold the chains, enough to learn from."""
+        return 4 if self.chains <= 4 else -(-self.chains // 16) * 16
 
     def fit(
         self,
@@ -105,7 +110,7 @@ class NUTS(Method):
         from bnn.inference._nuts import Sampler  # numba takes .3 s to import
 
         energy = Energy(model, data, sites)
-        lanes = _lanes(self.chains)
+        lanes = self.abreast
         start = energy.initial(lanes, branch(seed, 0)).numpy()
         streams = [branch(seed, 2, lane).generate_state(4, np.uint64) for lane in range(lanes)]
         gradient = Gradient(energy, lanes, branch(seed, 1))
@@ -138,11 +143,6 @@ class NUTS(Method):
         return posterior
 
 
-def _lanes(chains: int) -> int:
-    """4, or whole sixteens: the fewest that hold the chains, and enough to learn from."""
-    return 4 if chains <= 4 else -(-chains // 16) * 16
-
-
 class _Compiling:
     """Compiles the gradient once the trajectories have shown that it repays, and says so."""
 
@@ -150,8 +150,10 @@ class _Compiling:
         self.gradient, self.shown, self.iterations = gradient, shown, iterations
 
     def __call__(self, steps: float) -> None:
-        self.shown.set_postfix_str("compiling the gradient (seconds)")
-        self.gradient.hasten(steps * self.iterations)
+        self.gradient.hasten(
+            steps * self.iterations,
+            lambda: self.shown.set_postfix_str("compiling the gradient, some seconds"),
+        )
 
 
 def _show(shown: Any, progress: "Progress") -> None:

@@ -150,6 +150,42 @@ def test_logistic_weight_against_quadrature():
     assert_exact(posterior.draws["w"], mean, sd)
 
 
+def test_a_net_with_two_modes_against_quadrature():
+    """y = w2 tanh(w1 x) + noise: what its mirror images (w1, w2), (-w1, -w2) have in common."""
+    x = torch.tensor([-2.0, -1.4, -0.9, -0.3, 0.2, 0.7, 1.1, 1.9])
+    y = torch.tensor([-1.1, -0.9, -1.0, -0.5, 0.4, 0.7, 1.1, 1.0])
+    test = torch.tensor([-3.0, -0.5, 1.0])
+
+    def model(x, y=None):
+        w1 = pyro.sample("w1", dist.Normal(0.0, 1.0))
+        w2 = pyro.sample("w2", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", w2 * torch.tanh(w1 * x))
+            pyro.sample("y", dist.Normal(f, 0.2), obs=y)
+
+    def quantities(w1, w2):
+        f = w2[..., None] * torch.tanh(w1[..., None] * test.to(w1))
+        return torch.cat([torch.stack([w1.abs(), w2.abs(), w1 * w2], -1), f], -1)
+
+    axis = torch.linspace(-7, 7, 1_401, dtype=torch.float64)  # as 701 points to 9 digits
+    w1, w2 = torch.meshgrid(axis, axis, indexing="ij")
+    log = dist.Normal(0.0, 1.0).log_prob(w1) + dist.Normal(0.0, 1.0).log_prob(w2)
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        log += dist.Normal(w2 * torch.tanh(w1 * a), 0.2).log_prob(torch.tensor(b).double())
+    weight = log.flatten().softmax(0)
+    values = quantities(w1, w2).flatten(0, 1)
+    mean = weight @ values
+    sd = (weight @ (values - mean) ** 2).sqrt()
+    posterior = bnn.fit(
+        model, x, y, method=nuts(chains=16, warmup=300, draws=800, target_accept=0.95), seed=10
+    )
+    signs = posterior.draws["w1"].sign().mean(1)
+    assert signs.min() < -0.9  # both modes were met
+    assert signs.max() > 0.9
+    draws = quantities(posterior.draws["w1"], posterior.draws["w2"])
+    assert_exact(draws, mean, sd)
+
+
 def test_dense_and_low_rank_are_exact_on_a_model(regression):
     for kind in ("low_rank", "dense"):
         method = nuts(mass_matrix=kind)
@@ -235,7 +271,8 @@ def test_funnel_is_right_or_warned_of():
             pyro.sample("y", dist.Normal(0 * x, 1.0), obs=y)
 
     zeros = torch.zeros(3)
-    with pytest.warns(bnn.ConvergenceWarning, match="divergence"):
+    # Which sign of it shows depends on the seed: R-hat of lp on all of 7, divergences on 4.
+    with pytest.warns(bnn.ConvergenceWarning, match="divergence|disagree"):
         bnn.fit(model, zeros, zeros, method=nuts(draws=300), seed=9)
 
 

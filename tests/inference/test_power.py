@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bnn import handlers, prediction
-from bnn.inference import _elbo, _energy, _guide, _nuts
+from bnn.inference import _elbo, _energy, _guide, _nuts, _trajectory
 from tests import exact
 from tests.exact import Regression
 
@@ -92,9 +92,11 @@ def test_expected_prior_without_its_variance(monkeypatch):
 
 def test_warmup_draws_kept(monkeypatch):
     def from_afar(self, iterations, between):
-        self.lanes.tree_position[:] += 1e4
-        potential, slope = self._asked(torch.from_numpy(self.lanes.tree_position))
-        self.lanes.tree_potential[:], self.lanes.tree_gradient[:] = potential, slope
+        place = self.lanes.vectors[_trajectory.TREE_POSITION]
+        place += 1e4
+        potential, slope = self._asked(torch.from_numpy(place))
+        self.lanes.numbers[_trajectory.TREE_POTENTIAL] = potential
+        self.lanes.vectors[_trajectory.TREE_GRADIENT] = slope
 
     monkeypatch.setattr(_nuts.Sampler, "warm", from_afar)
     _fails(exact.check_regression_by_nuts)
@@ -104,9 +106,9 @@ def test_chains_sharing_a_seed(monkeypatch):
     plain = _nuts.Sampler.draw
 
     def shared(self, chains, draws):
-        for name in ("random", "tree_position", "tree_gradient", "tree_potential"):
-            state = getattr(self.lanes, name)
-            state[:] = state[:1]
+        self.lanes.random[:] = self.lanes.random[:1]
+        self.lanes.vectors[:] = self.lanes.vectors[:, :1]
+        self.lanes.numbers[:] = self.lanes.numbers[:, :1]
         return plain(self, chains, draws)
 
     monkeypatch.setattr(_nuts.Sampler, "draw", shared)
