@@ -84,6 +84,11 @@ class MCLMC(Method):
         if not 0 < self.target_accept < 1:
             raise ValueError(f"MCLMC(target_accept={self.target_accept!r}): a rate in (0, 1).")
 
+    @property
+    def abreast(self) -> int:
+        """Chains: every call of the gradient is for all of them."""
+        return self.chains
+
     def fit(
         self,
         model: Model,
@@ -106,7 +111,8 @@ class MCLMC(Method):
         streams = [branch(seed, 2, k).generate_state(4, np.uint64) for k in range(self.chains)]
         rounds = self.warmup + self.draws
         with bar(rounds, "MCLMC", progress) as shown:
-            gradient.hasten(_STEPS * rounds)
+            announce = lambda: shown.set_postfix_str("compiling the gradient, some seconds")
+            gradient.hasten(_STEPS * rounds, announce)
             sampler = Sampler(
                 gradient,
                 energy.initial(self.chains, branch(seed, 0)).numpy(),
@@ -115,7 +121,7 @@ class MCLMC(Method):
                 target=self.target_accept,
                 report=lambda sampler: _show(shown, sampler),
             )
-            sampler.warm(self.warmup, lambda steps: gradient.hasten(steps * rounds))
+            sampler.warm(self.warmup, lambda steps: gradient.hasten(steps * rounds, announce))
             if self.adjusted:
                 z, kept = sampler.draw(self.draws)
             else:
