@@ -147,6 +147,12 @@ def work(graph: GraphModule) -> tuple[int, int]:
     return sum(node.op == "call_function" for node in graph.graph.nodes), written
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error and the start of what it says, for a notice."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+
+
 def _fold(graph: GraphModule) -> GraphModule:
     """Evaluates every operation that does not depend on an input, and drops those without effect.
 

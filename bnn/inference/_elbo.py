@@ -1,7 +1,8 @@
 """ELBO: the bound of a guide family of ours, what has a closed form exact and the rest sampled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,62 @@ from bnn.handlers import seeded
 from bnn.inference._energy import Energy
 from bnn.sites import Sites
 
-_EVALUATIONS = 10_000_000  # rows x draws that the final ELBO may cost
+_EVALUATIONS = 10_000_000  # rows x draws that the final ELBO may cost,
+_MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
 _AT_ONCE = 100_000  # rows x draws in memory together
 
 
 class Bound:
     """The ELBO of a family of ours, as a function of its tensors."""
 
-    def __init__(self, energy: Energy, family: Any, sites: Sites, annealing: int):
-        self.energy, self.family, self.annealing = energy, family, annealing
+    def __init__(
+        self, energy: Energy, family: Any, sites: Sites, annealing: int, particles: int = 1
+    ):
+        self.energy, self.family = energy, family
+        self.annealing, self.particles = annealing, particles
         self.exact = (
             set() if family.moments() is None else _normal_priors(energy, family.independent)
         )
 
     def __call__(self, batch: tuple[Any, ...], step: int, particles: int) -> Tensor:
         weight = min(1.0, (step + 1) / (self.annealing + 1))
-        z, log_q = self.family.sample(torch.randn, particles)
+        return self._estimate(batch, weight, torch.randn, particles)
+
+    def at(
+        self,
+        tensors: Mapping[str, Tensor],
+        batch: tuple[Any, ...],
+        weight: Tensor,
+        noise: tuple[Tensor, ...],
+    ) -> Tensor:
+        """The estimate as a function of the family's tensors and of the noise, see `noise`."""
+        own, given = self.family.tensors, iter(noise)
+        self.family.tensors = {name: tensors[f"guide.{name}"] for name in own}
+        try:
+            return self._estimate(batch, weight, lambda *_: next(given), self.particles)
+        finally:
+            self.family.tensors = own
+
+    def noise(self) -> tuple[Tensor, ...]:
+        """What one estimate takes: standard normal numbers, in the order it asks for them."""
+        return tuple(torch.randn(shape) for shape in self._shapes)
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+
+        def asked(*shape: int) -> Tensor:
+            shapes.append(shape)
+            return torch.zeros(shape)
+
+        with torch.no_grad():
+            self.family.sample(asked, self.particles)
+        return shapes
+
+    def _estimate(
+        self, batch: tuple[Any, ...], weight: Any, noise: Callable[..., Tensor], particles: int
+    ) -> Tensor:
+        z, log_q = self.family.sample(noise, particles)
         elsewhere = self._expected_priors()
 
         def terms(one: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +85,9 @@ class Bound:
         """The ELBO on all rows, from many draws; None where the rows are not at hand."""
         if data.loader is not None or sites.subsampled:
             return None
-        count = int(min(max(_EVALUATIONS // max(data.rows, 1), 4), 8_192))
+        rows, size = max(data.rows, 1), max(self.energy.size, 1)
+        affordable = min(_EVALUATIONS // rows, _MULTIPLICATIONS // (rows * size))
+        count = int(min(max(affordable, 4), 8_192))
         step = min(512, max(1, _AT_ONCE // max(data.rows, 1)))
         parts = [min(step, count - i) for i in range(0, count, step)]
         values = [float(self(data.tensors, self.annealing, n)) * n for n in parts]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import ComposeTransform, IndependentTransform
 from torch.func import vmap
 
 from bnn.data import Data, take
@@ -42,6 +43,14 @@ class Slot:
         """The entries of the flat vector."""
         return slice(self.start, self.start + self.size)
 
+    @property
+    def real(self) -> bool:
+        """True where the transform is the identity: the site takes any real value."""
+        transform = self.transform
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        return isinstance(transform, ComposeTransform) and not transform.parts
+
 
 class Energy:
     """The log joint density of a model and data over a flat vector z, (..., size)."""
@@ -61,7 +70,14 @@ class Energy:
 
     def values(self, z: Tensor) -> Tensors:
         """The sites at one flat vector (size,), in the space the model states."""
-        return {s.name: s.transform(z[s.span].reshape(s.free)) for s in self.slots}
+        return {
+            s.name: s.transform(part) for s, part in zip(self.slots, self._parts(z), strict=True)
+        }
+
+    def _parts(self, z: Tensor) -> list[Tensor]:
+        """Each site's own entries, in one operation whose gradient is one too."""
+        parts = z.split([s.size for s in self.slots])
+        return [part.reshape(s.free) for s, part in zip(self.slots, parts, strict=True)]
 
     def unflatten(self, z: Tensor) -> Tensors:
         """The sites at many flat vectors: (*lead, size) -> (*lead, *site) each."""
@@ -107,9 +123,11 @@ class Energy:
     def log_jacobian(self, z: Tensor) -> Tensor:
         """Log |det dT/dz| summed over sites, at one flat vector."""
         total = z.new_zeros(())
-        for s in self.slots:
-            free = z[s.span].reshape(s.free)
-            total = total + s.transform.log_abs_det_jacobian(free, s.transform(free)).sum()
+        if all(s.real for s in self.slots):
+            return total
+        for s, free in zip(self.slots, self._parts(z), strict=True):
+            if not s.real:
+                total = total + s.transform.log_abs_det_jacobian(free, s.transform(free)).sum()
         return total
 
     def log_joint(self, z: Tensor, args: Sequence[Any], *, jacobian: bool = True) -> Tensor:
@@ -129,8 +147,9 @@ class Energy:
             except (ModelError, FitError):
                 raise
             except Exception:  # the loop below tells what else is wrong
-                self._lifted = False
+                pass
         runs = [function(*(a[i] for a in args)) for i in range(len(args[0]))]
+        self._lifted = False
         if isinstance(runs[0], Tensor):
             return torch.stack(runs)
         return tuple(torch.stack(each) for each in zip(*runs, strict=True))

@@ -94,17 +94,17 @@ def fit_foreign(
         real = all(_is_real(site.support) for site in sites.latent.values())
         bound = TraceMeanField_ELBO if real and isinstance(guide, AutoNormal) else Trace_ELBO
 
-        def objective(batch: tuple[Any, ...], step: int, particles: int) -> torch.Tensor:
-            rescale.weight = min(1.0, (step + 1) / (method.annealing + 1))
+        def objective(batch: tuple[Any, ...], weight: float, particles: int) -> torch.Tensor:
+            rescale.weight = weight
             loss = bound(num_particles=particles).differentiable_loss
             with rescale:
                 return -loss(model, guide, *batch)
 
-        objective(first, method.annealing, 1)  # creates what the guide optimises
+        objective(first, 1.0, 1)  # creates what the guide optimises
         leaves = dict(pyro.get_param_store().named_parameters())
         before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-        history = maximise(
-            lambda batch, step: objective(batch, step, method.particles),
+        (history,) = maximise(
+            lambda _, batch, weight, __: objective(batch, float(weight), method.particles),
             leaves,
             data.batches(method.batch_size, generator(branch(seed, 3))),
             method,
@@ -119,7 +119,7 @@ def fit_foreign(
             runs: list[Any] = [poutine.trace(guide).get_trace(*args) for _ in range(method.draws)]
             tail = float(history[-max(len(history) // 20, 1) :].mean())
             whole = data.loader is None and not sites.subsampled
-            elbo = float(objective(args, method.annealing, _EVALUATIONS)) if whole else tail
+            elbo = float(objective(args, 1.0, _EVALUATIONS)) if whole else tail
             params = constrained_parameters()
             for name, leaf in leaves.items():  # a net that the guide closes over is the caller's
                 leaf.copy_(before[name])

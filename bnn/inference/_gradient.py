@@ -23,7 +23,7 @@ from torch.func import grad_and_value, vmap
 
 from bnn.errors import ModelError, PerformanceWarning
 from bnn.handlers import branch, generator
-from bnn.inference._compile import compiled, graph_of, traced, work
+from bnn.inference._compile import compiled, first_line, graph_of, traced, work
 from bnn.inference._energy import Energy
 
 ROUTES = ("compiled", "traced", "vmapped", "looped")
@@ -118,7 +118,7 @@ class Gradient:
                 _close(call(p), exact) for p, exact in zip(self._points, self._exact, strict=True)
             )
         except Exception as error:  # a branch on a value, an operation without a trace or code
-            self._reason = _first_line(error)
+            self._reason = first_line(error)
             if name == "compiled":
                 warnings.warn(
                     f"The gradient could not be compiled ({self._reason}): it runs by the "
@@ -169,11 +169,6 @@ class Gradient:
                 )
             if torch.equal(before, torch.get_rng_state()):
                 return
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
 def _close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:

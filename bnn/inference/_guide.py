@@ -9,11 +9,13 @@ density (a point has none, and its objective leaves the Jacobian out).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from pyro.distributions.transforms import affine_autoregressive
 from torch import Tensor
+from torch.func import functional_call
 
 _LOG_2PI_E = 1 + math.log(2 * math.pi)
 
@@ -123,14 +125,14 @@ class Flow:
     def __init__(self, loc: Tensor, scale: Tensor):
         size = len(loc)
         self.tensors = {"loc": loc.clone(), "log_scale": scale.log()}
-        self._flows = []
+        self._layers = []
         hidden = [max(2 * size, 16)]
         for layer in range(2 if size > 1 else 0):
             flow = affine_autoregressive(size, hidden_dims=hidden, stable=True)
             with torch.no_grad():  # start near the identity
                 for weight in flow.parameters():
                     weight.mul_(0.1)
-            self._flows.append(flow)
+            self._layers.append(_Layer(flow))
             named = flow.named_parameters()
             self.tensors |= {f"flow.{layer}.{name}": weight for name, weight in named}
 
@@ -139,9 +141,9 @@ class Flow:
         loc, log_scale = self.tensors["loc"], self.tensors["log_scale"]
         x = noise(count, len(loc))
         log_q = -0.5 * (x.square() + math.log(2 * math.pi)).sum(-1) - log_scale.sum()
-        for flow in self._flows:
-            y = flow(x)
-            log_q = log_q - flow.log_abs_det_jacobian(x, y)
+        for number, layer in enumerate(self._layers):
+            y, log_det = layer.at(self.tensors, f"flow.{number}.", x)
+            log_q = log_q - log_det
             x = y.flip(-1)  # each flow sees the coordinates in the other order
         return loc + log_scale.exp() * x, log_q
 
@@ -150,6 +152,25 @@ class Flow:
 
     def moments(self) -> None:
         """Not known in closed form."""
+
+
+class _Layer(torch.nn.Module):
+    """A flow that takes its weights from elsewhere."""
+
+    def __init__(self, flow: Any):
+        super().__init__()
+        self.flow = flow
+
+    def at(self, tensors: Mapping[str, Tensor], prefix: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The flow, with weights whose names start with the prefix, and its log determinant."""
+        weights = {name: tensors[prefix + name[5:]] for name, _ in self.named_parameters()}
+        return functional_call(self, weights, x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Flow and log determinant at its own weights."""
+        x = x.view_as(x)  # for the same object it would return what it kept, of other weights
+        y = self.flow(x)
+        return y, self.flow.log_abs_det_jacobian(x, y)
 
 
 class Point:

@@ -4,13 +4,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bnn.errors import ConvergenceWarning, FitError
 from bnn.inference._progress import bar
+from bnn.inference._step import Objective, Step
 from bnn.method import Method, check_count, check_positive
 
 _WINDOWS = 40  # stretches that a full run is cut into when convergence is judged
@@ -19,8 +22,7 @@ _PATIENCE = 3  # judgements in a row: one alone is often chance
 _BUDGET = (0.7, 0.9)  # shares of the steps by which each of these cuts comes at the latest
 _PASSES = 4  # over the rows that a stretch of minibatches takes at least
 _TELLING = 0.3  # nats: minibatches whose mean over a stretch is noisier prove no convergence
-_MEMORY = (0.9, 0.99)  # Adam's. A scale starts many times too wide, with gradients thousands of
-# times those at the end: .999 would divide by them for 7,000 steps more
+_SHARE = 0.5  # of the steps: what a fit that may stop early takes as a rule
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
 
@@ -60,7 +62,7 @@ class Optimised(Method):
 
 
 def maximise(
-    objective: Callable[[tuple[Any, ...], int], Tensor],
+    objective: Objective,
     tensors: Mapping[str, Tensor],
     batches: Iterator[tuple[Any, ...]],
     settings: Optimised,
@@ -68,30 +70,38 @@ def maximise(
     what: str,
     label: str,
     progress: bool,
+    noise: Callable[[], tuple[Tensor, ...]] = tuple,
+    members: int | None = None,
     settle: int = 0,
     epoch: int | None = 1,
-) -> Tensor:
+    seed: np.random.SeedSequence | None = None,
+) -> list[Tensor]:
     """Adam on the objective, its tensors changed in place.
 
     A step whose objective or gradient is not finite is left out and the learning rate halved;
     three in a row end the fit. Under the "plateau" schedule a stage ends at the average over its
     flat stretches, or where none is told over about its second half (Polyak), which takes out the
-    noise of the steps; one that the budget cuts while it rises ends where it is.
+    noise of the steps; one that the budget cuts while it rises ends where it is. Members share the
+    steps and nothing else: each has its own learning rate, stages and end.
 
     Args:
-        objective: of a batch and the step; larger is better.
-        tensors: leaves to optimise, by name.
+        objective: see `bnn.inference._step.Objective`.
+        tensors: leaves to optimise, by name; (member, *) each where there are members.
         batches: endless.
         settings: steps, learning rate, schedule.
         what: name of the method, for the bar and for messages.
         label: name of the objective, for the bar.
         progress: show the bar.
-        settle: first steps whose objective is not yet the one wanted (annealing).
+        noise: draws what the objective takes as noise.
+        members: parameter sets that step together; None where the objective is one number.
+        settle: steps over which the weight that the objective is given rises to 1 (annealing).
         epoch: steps in one pass over the rows. The mean over a pass is free of the noise of the
             choice of rows; None where there is no such pass, and the budget alone ends the stages.
+        seed: of the check of a compiled step; None where the objective is more than a function of
+            its arguments, which is then never compiled.
 
     Returns:
-        The objective at each step, (step,).
+        Of each member the objective at each step, (step,).
 
     Raises:
         FitError: not finite three times in a row.
@@ -101,120 +111,135 @@ def maximise(
     unique = {id(leaf): name for name, leaf in reversed(list(tensors.items()))}.values()
     leaves = {name: tensors[name].requires_grad_() for name in unique}
     try:
-        history = _ascend(
-            objective, leaves, batches, settings, what, label, progress, settle, epoch
-        )
+        step = Step(objective, leaves, noise, members, settings.schedule == "plateau")
+        if seed is not None:
+            first = [next(batches), next(batches)]
+            batches = chain(first, batches)
+            stops = settings.schedule == "plateau" and Plateau(settings.steps, settle, epoch).judges
+            step.hasten(settings.steps * (_SHARE if stops else 1.0), first, seed)
+        climbs = [
+            _Climb(step, index, settings, settle, epoch)
+            for index in ([()] if members is None else [(i,) for i in range(members)])
+        ]
+        _ascend(step, climbs, batches, settings, what, label, progress, settle)
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(trained[name])
-            leaf.grad = None
-    return torch.tensor(history)
+    short = sum(climb.cut for climb in climbs)
+    if short:
+        some = f" ({short} of {members} members)" if members and members > 1 else ""
+        warnings.warn(
+            f"{what}: the {label} was still rising when {settings.steps} steps ran short{some}. "
+            f"Raise steps, or learning_rate (now {settings.learning_rate:g}).",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    return [torch.tensor(climb.history) for climb in climbs]
 
 
 def _ascend(
-    objective: Callable[[tuple[Any, ...], int], Tensor],
-    leaves: Mapping[str, Tensor],
+    step: Step,
+    climbs: "list[_Climb]",
     batches: Iterator[tuple[Any, ...]],
     settings: Optimised,
     what: str,
     label: str,
     progress: bool,
     settle: int,
-    epoch: int | None,
-) -> list[float]:
-    """The loop itself: the history."""
-    optimiser = torch.optim.Adam(list(leaves.values()), lr=settings.learning_rate, betas=_MEMORY)
-    plateau = Plateau(settings.steps, settle, epoch) if settings.schedule == "plateau" else None
-    history: list[float] = []
-    rate, lost = 1.0, 0
-    average = _Average(leaves)
-    with bar(settings.steps, what, progress) as shown:
-        for step in range(settings.steps):
-            factor = rate * _factor(settings, step, plateau)
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            optimiser.zero_grad()
-            value = objective(next(batches), step)
-            (-value).backward()
-            bad = _not_finite(value, leaves)
-            if bad:
-                lost, rate = lost + 1, rate / 2
-                if lost == 3:
+) -> None:
+    """The loop itself."""
+    with bar(settings.steps * len(climbs), what, progress) as shown:
+        for number in range(settings.steps):
+            rates = [settings.learning_rate * climb.factor(number) for climb in climbs]
+            weight = min(1.0, (number + 1) / (settle + 1))
+            outcomes = step(next(batches), rates, weight)
+            for climb, (value, bad) in zip(climbs, outcomes, strict=True):
+                if climb.over:
+                    continue
+                if climb.lost(bad):
+                    which = f"{what} {climb.index[0] + 1}" if len(climbs) > 1 else what
                     raise FitError(
-                        f"{what}: {bad} was not finite three times in a row, last at step {step}. "
-                        f"Lower learning_rate (now {settings.learning_rate:g}), or rescale the "
-                        "data.",
-                        step=step,
+                        f"{which}: {bad} was not finite three times in a row, last at step "
+                        f"{number}. Lower learning_rate (now {settings.learning_rate:g}), or "
+                        "rescale the data.",
+                        step=number,
                         site=bad,
                     )
-                continue
-            lost = 0
-            optimiser.step()
-            history.append(float(value.detach()))
-            shown.update()
-            if step % 20 == 0:
-                recent = sum(history[-20:]) / len(history[-20:])
-                rate_now = factor * settings.learning_rate
-                shown.set_postfix_str(f"{label} {recent:.5g}, learning rate {rate_now:.1g}", False)
-            if plateau is None:
-                continue
-            average.add()
-            verdict = plateau.judge(history)
-            if verdict == "over":
-                average.take()
-            elif verdict == "rising" or (plateau.flat == 0 and plateau.doubled(len(history))):
-                average.count = 0
-            if plateau.drops > _DROPS:
+                if not bad:
+                    climb.take(value)
+                    shown.update()
+            if number % 20 == 0 and not shown.disable:
+                recent = [sum(h[-20:]) / max(len(h[-20:]), 1) for h in (c.history for c in climbs)]
+                text = f"{label} {max(recent):.5g}, learning rate {max(rates):.1g}"
+                shown.set_postfix_str(text, False)
+            if all(climb.over for climb in climbs):
                 break
-    if plateau is not None and plateau.drops == _DROPS and average.count:  # the budget ended it
-        average.take()
-    if plateau is not None and plateau.cut:
-        warnings.warn(
-            f"{what}: the {label} was still rising when {settings.steps} steps ran short. Raise "
-            f"steps, or learning_rate (now {settings.learning_rate:g}).",
-            ConvergenceWarning,
-            stacklevel=5,
-        )
-    return history
+    for climb in climbs:
+        climb.finish()
 
 
-def _factor(settings: Optimised, step: int, plateau: "Plateau | None") -> float:
-    if callable(settings.schedule):
-        return settings.schedule(step)
-    if plateau is not None:
-        return 0.1**plateau.drops
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-    return 1.0
+class _Climb:
+    """Where one parameter set stands: its history, its learning rate, its stage."""
 
+    def __init__(
+        self,
+        step: Step,
+        index: tuple[int, ...],
+        settings: Optimised,
+        settle: int,
+        epoch: int | None,
+    ):
+        self.step, self.index, self.settings = step, index, settings
+        plateau = settings.schedule == "plateau"
+        self.plateau = Plateau(settings.steps, settle, epoch) if plateau else None
+        self.history: list[float] = []
+        self.rate, self.in_a_row = 1.0, 0
 
-def _not_finite(value: Tensor, leaves: Mapping[str, Tensor]) -> str | None:
-    if not torch.isfinite(value):
-        return "objective"
-    for name, leaf in leaves.items():
-        if leaf.grad is not None and not torch.isfinite(leaf.grad).all():
-            return name
-    return None
+    @property
+    def over(self) -> bool:
+        return self.plateau is not None and self.plateau.drops > _DROPS
 
+    @property
+    def cut(self) -> bool:
+        return self.plateau is not None and self.plateau.cut
 
-class _Average:
-    """The running mean of the leaves since it was last emptied."""
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by; 0 once it is over, while others step on."""
+        settings = self.settings
+        if self.over:
+            return 0.0
+        if callable(settings.schedule):
+            return self.rate * settings.schedule(step)
+        if self.plateau is not None:
+            return self.rate * 0.1**self.plateau.drops
+        if settings.schedule == "cosine":
+            return self.rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        return self.rate
 
-    def __init__(self, leaves: Mapping[str, Tensor]):
-        self.leaves = [leaf.detach() for leaf in leaves.values()]
-        self.means = [torch.zeros_like(leaf) for leaf in self.leaves]
-        self.count = 0
+    def lost(self, bad: str) -> bool:
+        """Notes whether a step was left out; True when it is the third in a row."""
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        self.rate = self.rate / 2 if bad else self.rate
+        return self.in_a_row == 3
 
-    def add(self) -> None:
-        self.count += 1
-        for mean, leaf in zip(self.means, self.leaves, strict=True):
-            mean.lerp_(leaf, 1 / self.count)
+    def take(self, value: float) -> None:
+        """Notes a step taken, and ends a stage when it is over."""
+        self.history.append(value)
+        if self.plateau is None:
+            return
+        verdict = self.plateau.judge(self.history)
+        if verdict == "over":
+            self.step.settle(self.index)
+        elif verdict == "rising" or (
+            self.plateau.flat == 0 and self.plateau.doubled(len(self.history))
+        ):
+            self.step.forget(self.index)
 
-    def take(self) -> None:
-        """Sets the leaves to their mean."""
-        for mean, leaf in zip(self.means, self.leaves, strict=True):
-            leaf.copy_(mean)
-        self.count = 0
+    def finish(self) -> None:
+        """Ends the last stage at its average, where the budget ended it."""
+        last = self.plateau is not None and self.plateau.drops == _DROPS
+        if last and self.step.state["averaged"][self.index] > 0:
+            self.step.settle(self.index)
 
 
 class Plateau:

@@ -17,8 +17,9 @@ import torch
 
 from bnn.data import Data
 from bnn.errors import ModelError
-from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
+from bnn.handlers import branch, constrained_parameters, parameters, seeded
 from bnn.inference._energy import Energy
+from bnn.inference._members import Members
 from bnn.inference._optimise import Optimised, maximise
 from bnn.method import Model, check_count
 from bnn.posterior import Posterior
@@ -69,25 +70,25 @@ class MAP(Optimised):
         if minibatch:
             require_minibatches(sites, "MAP")
         energy = Energy(model, data, sites)
-        modes, histories, params = [], [], {}
-        for restart, start in enumerate(energy.initial(self.restarts, branch(seed, 0))):
-            z = start.clone()
-            with seeded(branch(seed, 2, restart)), parameters(model, data.tensors) as leftovers:
-                histories.append(
-                    maximise(
-                        lambda batch, _, z=z: energy.log_joint(z, batch, jacobian=False),
-                        {"mode": z, **leftovers},
-                        data.batches(self.batch_size, generator(branch(seed, 3, restart))),
-                        self,
-                        label="log joint",
-                        what=f"MAP {restart + 1}/{self.restarts}",
-                        progress=progress,
-                        epoch=None if sites.subsampled else data.epoch(self.batch_size),
-                    )
-                )
-                params = constrained_parameters()
-            modes.append(z.detach())
-        values = energy.unflatten(torch.stack(modes))
+        log_joint = lambda z, batch: energy.log_joint(z, batch, jacobian=False)
+        members = Members(self.restarts, energy, log_joint, data, self.batch_size)
+        starts = energy.initial(self.restarts, branch(seed, 0))
+        modes = starts[0] if members.axis is None else starts
+        with seeded(branch(seed, 2)), parameters(model, data.tensors) as leftovers:
+            histories = maximise(
+                members.objective,
+                {"mode": modes, **leftovers},
+                members.batches(branch(seed, 3)),
+                self,
+                label="log joint",
+                what="MAP",
+                progress=progress,
+                members=members.axis,
+                epoch=None if sites.subsampled else data.epoch(self.batch_size),
+                seed=None if leftovers or sites.subsampled else branch(seed, 4),
+            )
+            params = constrained_parameters()
+        values = energy.unflatten(starts.detach())
         best = max(histories, key=lambda h: float(h[-1]))
         return Posterior(
             model=model,

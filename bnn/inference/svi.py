@@ -98,18 +98,20 @@ class SVI(Optimised):
         with seeded(branch(seed, 2)):
             family = FAMILIES[self.guide](loc, scale)
             with parameters(model, data.tensors) as leftovers:
-                bound = Bound(energy, family, sites, self.annealing)
+                bound = Bound(energy, family, sites, self.annealing, self.particles)
                 tensors = {f"guide.{k}": v for k, v in family.tensors.items()} | leftovers
-                history = maximise(
-                    lambda batch, step: bound(batch, step, self.particles),
+                (history,) = maximise(
+                    bound.at,
                     tensors,
                     data.batches(self.batch_size, generator(branch(seed, 3))),
                     self,
                     what="SVI",
                     label="ELBO",
                     progress=progress,
+                    noise=bound.noise,
                     settle=self.annealing,
                     epoch=None if sites.subsampled else data.epoch(self.batch_size),
+                    seed=None if leftovers or sites.subsampled else branch(seed, 4),
                 )
                 with torch.no_grad():
                     z = family.sample(torch.randn, self.draws)[0]

@@ -1,0 +1,338 @@
+"""Step: the objective, its gradient and Adam's update as one function of tensors.
+
+Everything that changes from step to step is an argument of that function: the leaves, Adam's
+moments, the rate, the weight of the KL, the noise of the guide, the minibatch. So it can be traced
+once and compiled, and eager and compiled steps are the same mathematics on the same noise. Several
+parameter sets (members) step together: then the objective has a value for each, and so has every
+leaf on its first axis; one whose gradient is not finite stays where it is, alone.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from bnn.errors import PerformanceWarning
+from bnn.handlers import branch, seeded
+from bnn.inference._compile import compiled, first_line, graph_of
+
+Objective = Callable[[Mapping[str, Tensor], tuple[Any, ...], Tensor, tuple[Tensor, ...]], Tensor]
+"""Of leaves, a batch, the weight of the KL and noise: () or (member,); larger is better."""
+
+_MEMORY = (0.9, 0.99)  # Adam's. A scale starts many times too wide, with gradients thousands of
+# times those at the end: .999 would divide by them for 7,000 steps more
+_TINY = 1e-8
+_COMPILING = 6.0  # seconds that a compilation takes, between its first time and the cached one
+_CALL, _NUMBER = 5e-6, 0.1e-9  # seconds that it saves for each operation and number of a step
+_FEW = 1_000  # steps: below, not even the operations are counted
+
+
+class Step:
+    """One step of Adam, whole; changes the leaves and the state in place.
+
+    Attributes:
+        names: "objective", then the leaves: what may turn out not finite.
+        state: Adam's moments and count, and the running average of the leaves and its count.
+        route: "eager" or "compiled".
+
+    Args:
+        objective: what to maximise.
+        leaves: tensors to optimise, by name; (member, *) each where there are members.
+        noise: draws what the objective takes as noise.
+        members: parameter sets that step together; None where the objective is one number.
+        averaging: keeps the running average of the leaves.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        leaves: Mapping[str, Tensor],
+        noise: Callable[[], tuple[Tensor, ...]] = tuple,
+        members: int | None = None,
+        averaging: bool = False,
+    ):
+        self.objective, self.noise, self.leaves = objective, noise, dict(leaves)
+        self.names = ["objective", *self.leaves]
+        lead = () if members is None else (members,)
+        first = next(iter(self.leaves.values()))
+        numbers = {"device": first.device, "dtype": first.dtype}
+        zeros = lambda: {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+        self.state: dict[str, Any] = {
+            "mean": zeros(),
+            "square": zeros(),
+            "count": torch.zeros(lead, **numbers),
+        }
+        if averaging:
+            self.state |= {"average": zeros(), "averaged": torch.zeros(lead, **numbers)}
+        self.route = "eager"
+        self._rate, self._weight = torch.zeros(lead, **numbers), torch.zeros((), **numbers)
+        self._given: Any = None
+        self._program: Any = None
+        self._fits: Callable[[tuple[Any, ...]], bool] = lambda batch: False
+
+    def __call__(
+        self, batch: tuple[Any, ...], rates: list[float], weight: float
+    ) -> list[tuple[float, str]]:
+        """Steps every member; of each its objective before the step, and what was not finite."""
+        if self._given != (rates, weight):
+            self._rate.copy_(torch.tensor(rates).reshape(self._rate.shape))
+            self._weight.fill_(weight)
+            self._given = (list(rates), weight)
+        noise = self.noise()
+        if self._program is not None and self._fits(batch):
+            outcome = self._program(batch, noise)
+        else:
+            outcome = self._eager(self.leaves, self.state, self._rate, self._weight, noise, batch)
+        values, bad = outcome.reshape(2, -1).tolist()
+        names = [*self.names, ""]
+        return [(value, names[int(which)]) for value, which in zip(values, bad, strict=True)]
+
+    def settle(self, index: tuple[int, ...]) -> None:
+        """Sets the leaves of one member to their running average, which starts anew."""
+        with torch.no_grad():
+            for name, leaf in self.leaves.items():
+                leaf[index] = self.state["average"][name][index]
+        self.forget(index)
+
+    def forget(self, index: tuple[int, ...]) -> None:
+        """Starts the running average of one member anew."""
+        self.state["averaged"][index] = 0.0
+
+    def _eager(
+        self,
+        leaves: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rate: Tensor,
+        weight: Tensor,
+        noise: tuple[Tensor, ...],
+        batch: tuple[Any, ...],
+    ) -> Tensor:
+        value = self.objective(leaves, batch, weight, noise)
+        gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+        with torch.no_grad():
+            return _advance(leaves, _whole(gradients, leaves), state, value.detach(), rate, False)
+
+    def _pure(
+        self,
+        leaves: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rate: Tensor,
+        weight: Tensor,
+        noise: tuple[Tensor, ...],
+        batch: tuple[Any, ...],
+    ) -> Tensor:
+        """The same without autograd's tape, which a trace cannot see."""
+
+        def total(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            value = self.objective(leaves, batch, weight, noise)
+            return value.sum(), value
+
+        gradients, value = grad(total, has_aux=True)(dict(leaves))
+        return _advance(leaves, gradients, state, value, rate, True)
+
+    def hasten(
+        self, steps: float, batches: list[tuple[Any, ...]], seed: np.random.SeedSequence
+    ) -> bool:
+        """Compiles the step, if so many would repay it; True if it did.
+
+        The decision depends on the model and on the count alone, never on a clock: the same fit
+        takes the same route.
+
+        Args:
+            steps: how many are expected.
+            batches: the first two; where they are the same object all steps see it.
+            seed: of the points at which the compiled step is compared with the eager one.
+        """
+        if steps < _FEW:
+            return False
+        with seeded(seed):
+            point = self._point(branch(seed, 0), batches[0])
+            with _Work() as work:
+                first = self._eager(*_copy(point))
+            second = self._eager(*_copy(point))
+            if work.random or not torch.equal(first, second):
+                return False
+            if (work.operations * _CALL + work.numbers * _NUMBER) * steps < _COMPILING:
+                return False
+            try:
+                graph, trial = self._traced(point, batches)
+            except Exception:  # a branch on a value, an operation without a trace
+                return False
+            try:
+                program = compiled(graph, *trial)
+            except Exception as error:
+                warnings.warn(
+                    f"The step could not be compiled ({first_line(error)}), so it runs as the "
+                    "model is written: the same fit, only slower. Is there a C++ compiler (g++ or "
+                    "clang) on the path?",
+                    PerformanceWarning,
+                    stacklevel=5,
+                )
+                return False
+            fixed = batches[0] is batches[1]
+            for number, batch in enumerate(batches):
+                point = self._point(branch(seed, number + 1), batch)
+                exact, tried = _copy(point), _copy(point)
+                (outcome,) = program(*_flat(tried[:-1], () if fixed else tried[-1]))
+                if not _close((*tried[:2], outcome), (*exact[:2], self._eager(*exact)), point[0]):
+                    return False
+        self._use(program, batches[0], fixed)
+        return True
+
+    def _traced(
+        self, point: tuple[Any, ...], batches: list[tuple[Any, ...]]
+    ) -> tuple[Any, list[Tensor]]:
+        """The step's graph, and arguments for it. A batch that never changes is a constant."""
+        fixed = batches[0] is batches[1]
+        *rest, batch = point
+        flat, layout = tree_flatten(rest)
+        count = len(flat)
+
+        def step(*flat: Tensor) -> tuple[Tensor]:
+            leaves, state, rate, weight, noise = tree_unflatten(list(flat[:count]), layout)
+            given = batch if fixed else flat[count:]
+            return (self._pure(leaves, state, rate, weight, noise, given),)
+
+        examples = lambda: _flat(_copy(point)[:-1], () if fixed else batch)
+        return graph_of(step, *examples()), examples()
+
+    def _use(self, program: Callable[..., Tensor], first: tuple[Any, ...], fixed: bool) -> None:
+        standing = _flat((self.leaves, self.state, self._rate, self._weight), ())
+        kinds = [(each.shape, each.dtype) for each in first]
+
+        def run(batch: tuple[Any, ...], noise: tuple[Tensor, ...]) -> Tensor:
+            return program(*standing, *noise, *(() if fixed else batch))[0]
+
+        def fits(batch: tuple[Any, ...]) -> bool:
+            if fixed:
+                return batch is first
+            return [(each.shape, each.dtype) for each in batch] == kinds
+
+        self._program, self._fits, self.route = run, fits, "compiled"
+
+    def _point(self, seed: np.random.SeedSequence, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments at which routes are compared: leaves not far off, moments of a fit on its way.
+
+        The moments are as large as the gradient: from zero Adam takes its sign alone, and rounding
+        would turn that of a small one.
+        """
+        with seeded(seed):
+            noise = self.noise()
+            leaves = {
+                name: (leaf.detach() + 0.1 * torch.randn_like(leaf)).requires_grad_()
+                for name, leaf in self.leaves.items()
+            }
+            value = self.objective(leaves, batch, self._weight + 0.5, noise)
+            gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+            state = tree_map(torch.zeros_like, self.state)
+            for name, gradient in _whole(gradients, leaves).items():
+                size = torch.nan_to_num(gradient).norm() / max(gradient.numel(), 1) ** 0.5
+                state["mean"][name] = size * torch.randn_like(gradient)
+                state["square"][name] = size.square() * (0.5 + torch.rand_like(gradient))
+            for name in state.keys() & {"count", "averaged"}:
+                state[name] += 3.0
+            return leaves, state, self._rate + 0.01, self._weight + 0.5, noise, batch
+
+
+def _advance(
+    leaves: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    value: Tensor,
+    rate: Tensor,
+    masked: bool,
+) -> Tensor:
+    """Adam (Kingma and Ba 2015) in place, save where the value or the gradient is not finite.
+
+    Args:
+        leaves: to be moved.
+        gradients: of the same names.
+        state: see `Step`.
+        value: the objective, () or (member,).
+        rate: the learning rate, of each member its own.
+        masked: True does not look at the numbers, as a trace must not.
+
+    Returns:
+        The value, and the place in `Step.names` of what is not finite, (2, *lead).
+    """
+    lead = value.shape
+    flags = [torch.isfinite(value)]
+    flags += [torch.isfinite(g.reshape((*lead, -1))).all(-1) for g in gradients.values()]
+    numbered = [torch.where(flag, len(flags), number) for number, flag in enumerate(flags)]
+    bad = torch.stack(numbered).amin(0)
+    good = bad == len(flags)
+    over = lambda each, leaf: each.reshape((*lead, *[1] * (leaf.ndim - len(lead))))
+    if not masked and good.all():
+        kept = lambda new, old: new
+    else:
+        kept = lambda new, old: torch.where(over(good, old), new, old)
+    count = state["count"].add_(good.to(value.dtype))
+    biased = [1 - memory**count for memory in _MEMORY]  # 0 where no step was taken yet, and kept
+    for name, leaf in leaves.items():
+        mean, square, gradient = state["mean"][name], state["square"][name], gradients[name]
+        mean.copy_(kept(torch.lerp(gradient, mean, _MEMORY[0]), mean))
+        square.copy_(kept(torch.lerp(gradient * gradient, square, _MEMORY[1]), square))
+        scale = (square * over(1 / biased[1], leaf)).sqrt_().add_(_TINY)
+        leaf.copy_(kept(torch.addcdiv(leaf, over(rate / biased[0], leaf) * mean, scale), leaf))
+    if "average" in state:
+        share = 1 / state["averaged"].add_(good.to(value.dtype))
+        for name, leaf in leaves.items():
+            average = state["average"][name]
+            average.copy_(kept(torch.lerp(average, leaf, over(share, leaf)), average))
+    return torch.stack([value, bad.to(value.dtype)])
+
+
+def _whole(gradients: Any, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients by name; 0 for a leaf that the objective does not use."""
+    pairs = zip(leaves.items(), gradients, strict=True)
+    return {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in pairs}
+
+
+def _copy(point: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a step whose leaves and state are the copy's own."""
+    copied = lambda t: t.detach().clone().requires_grad_(t.requires_grad)
+    return *tree_map(copied, point[:2]), *point[2:]
+
+
+def _flat(rest: Any, batch: tuple[Any, ...]) -> list[Tensor]:
+    return [each.detach() for each in tree_flatten((rest, batch))[0]]
+
+
+class _Work(TorchDispatchMode):
+    """Counts operations and the numbers that they write, and sees random ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.numbers, self.random = 0, 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        if isinstance(out, Tensor) and not func.is_view:
+            self.operations += 1
+            self.numbers += out.numel()
+        return out
+
+
+def _close(first: Any, second: Any, leaves: Mapping[str, Tensor]) -> bool:
+    """True if two steps agree to rounding, measured against the largest entry of each tensor."""
+    start = {name: leaf.detach() for name, leaf in leaves.items()}
+    moved = lambda outcome: ({k: outcome[0][k].detach() - v for k, v in start.items()}, outcome[1:])
+    pairs = zip(*(tree_flatten(moved(each))[0] for each in (first, second)), strict=True)
+    for a, b in pairs:
+        tolerance = 1e-4 if b.dtype == torch.float32 else 1e-9
+        finite = torch.isfinite(b)
+        if not torch.equal(finite, torch.isfinite(a)):
+            return False
+        if not finite.any():
+            continue
+        a, b = a[finite], b[finite]
+        if float((a - b).abs().max()) > tolerance * float(b.abs().max()):
+            return False
+    return True
