@@ -5,6 +5,7 @@ so one call of the gradient serves all of them and none waits.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ _WINDOWS = ((0.1, 8), (0.15, 24), (0.2, 64), (0.25, 1000))
 _MOST = 1000  # leapfrogs in a trajectory, mean
 _FEW = 20  # iterations of warmup below which there is one window
 _LENGTH = 1.25  # of a trajectory, mean, in standard deviations of a scaled coordinate
+_STORED = 2**24  # numbers in the positions that a window keeps
 _GAMMA, _OFFSET, _KAPPA = 0.1, 10.0, 0.75  # dual averaging, as in _trajectory
 
 
@@ -131,7 +133,9 @@ class Sampler:
         """Trajectories that tune the step size; positions and gradients after each."""
         log_step = average = centre = math.log(self.step)
         error = 0.0
-        positions, slopes = [], []
+        room = max(2, min(iterations, _STORED // self.z.size))
+        positions = deque(maxlen=room)  # the last ones, where there is no room for all
+        slopes = deque(maxlen=room)
         for number in range(1, iterations + 1):
             _, rate, _ = self.trajectory(min(self.steps, most))
             error += (self.target - rate.mean() - error) / (number + _OFFSET)

@@ -32,7 +32,7 @@ def test_regression_without_metropolis_is_exact_where_steps_are_short(regression
 
 
 @pytest.mark.parametrize("target", [0.6, 0.9])
-def test_kernel_keeps_a_correlatedgaussian(target):
+def test_kernel_keeps_a_correlated_gaussian(target):
     exact.check_gaussian_by_mclmc(target)
 
 
