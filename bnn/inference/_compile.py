@@ -33,7 +33,8 @@ def graph_of(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
     Raises:
         Exception: of many kinds, where the function branches on a value or cannot be traced.
     """
-    from torch._inductor.decomposition import select_decomp_table
+    with _quiet_inductor():  # torch tells of its own deprecations while it is imported
+        from torch._inductor.decomposition import select_decomp_table
 
     table = dict(select_decomp_table())
     for pool in _POOLS:
@@ -63,7 +64,8 @@ def compiled(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
     Raises:
         Exception: of many kinds, where there is no C++ compiler or an operation has no code.
     """
-    from torch._inductor.compile_fx import compile_fx_inner
+    with _quiet_inductor():
+        from torch._inductor.compile_fx import compile_fx_inner
 
     if examples[0].dtype == torch.float32:
         graph = _rational_tanh(graph)
