@@ -30,7 +30,7 @@ class Progress:
         iterations: done, mean over chains.
         phase: "warmup" or "draws".
         step: size now.
-        acceptance: mean over the last trajectories.
+        acceptance: of late, of each lane, (lane,).
         divergences: among the draws kept.
         steps: leapfrogs of a trajectory, mean.
     """
@@ -38,7 +38,7 @@ class Progress:
     iterations: float
     phase: str
     step: float
-    acceptance: float
+    acceptance: Array
     divergences: int
     steps: float
 
@@ -76,6 +76,7 @@ class Sampler:
         self.iterations, self.phase = 0.0, "warmup"
         potential, slope = self._asked(torch.from_numpy(start))
         self.lanes.numbers[machine.TREE_POTENTIAL] = potential
+        self.lanes.numbers[machine.RATE] = target
         self.lanes.vectors[machine.TREE_GRADIENT] = slope
         self.metric = estimated("diagonal", start, slope, self.metric)
 
@@ -145,14 +146,12 @@ class Sampler:
         adapt[machine.LOG_STEP] = adapt[machine.AVERAGE] if adapting else adapt[machine.LOG_STEP]
 
     def _tell(self, kept: Kept, calls: int) -> None:
-        finished = kept.stats[:, :, machine.STATS.index("n_steps")] > 0
-        rates = kept.stats[:, :, machine.STATS.index("acceptance_rate")]
         self.report(
             Progress(
                 iterations=self.iterations,
                 phase=self.phase,
                 step=float(np.exp(self.adapt[machine.LOG_STEP])),
-                acceptance=float(rates[finished].mean()) if finished.any() else float("nan"),
+                acceptance=self.lanes.numbers[machine.RATE],
                 divergences=int(kept.stats[:, :, machine.STATS.index("diverging")].sum()),
                 steps=calls * self.lanes.counts.shape[1] / max(int(kept.total[0]), 1),
             )

@@ -72,7 +72,8 @@ _GAMMA, _OFFSET, _KAPPA = 0.1, 10.0, 0.75
     WORST,
     STEP,
     DIRECTION,
-) = range(11)
+    RATE,  # acceptance of late, a running mean over trajectories
+) = range(12)
 # Rows of `Lanes.counts`: doublings, leaves of the subtree in growth, leapfrogs of the trajectory,
 # trajectories finished, and after how many a lane rests.
 DEPTH, LEAVES, STEPS, DONE, WANTED = range(5)
@@ -83,7 +84,7 @@ class Lanes(NamedTuple):
 
     vectors: Array  # (12, lane, size)
     marks: Array  # (2, lane, depth cap + 1, size) momenta and sums where subtrees began
-    numbers: Array  # (11, lane)
+    numbers: Array  # (12, lane)
     counts: Array  # (5, lane) of whole numbers
     random: Array  # (lane, 4) state of xoshiro256++
     scratch: Array  # (2, size)
@@ -121,7 +122,7 @@ def lanes_at(position: Array, depth: int, seeds: Array) -> Lanes:
     return Lanes(
         vectors=vectors,
         marks=np.zeros((2, count, depth + 1, size), position.dtype),
-        numbers=np.zeros((11, count)),
+        numbers=np.zeros((12, count)),
         counts=np.zeros((5, count), np.int64),
         random=seeds.copy(),
         scratch=np.zeros((2, size), position.dtype),
@@ -424,7 +425,9 @@ def advance(s, potential, gradient, adapt, metric, depth_cap, kept):
                 if not ends and s.counts[DEPTH, c] >= depth_cap:
                     ends = saturated = True
             if ends:
-                _learn(adapt, s.numbers[ACCEPTANCE, c] / s.counts[STEPS, c], lanes)
+                rate = s.numbers[ACCEPTANCE, c] / s.counts[STEPS, c]
+                s.numbers[RATE, c] += 0.1 * (rate - s.numbers[RATE, c])
+                _learn(adapt, rate, lanes)
                 _store(s, c, diverged, saturated, kept)
                 _begin(s, c, adapt, metric)
                 near = s.vectors[GRADIENT, c]

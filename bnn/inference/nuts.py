@@ -124,7 +124,7 @@ class NUTS(Method):
                 depth=self.max_tree_depth,
                 target=self.target_accept,
                 mass_matrix=self.mass_matrix,
-                report=lambda progress: _show(shown, progress),
+                report=lambda progress: _show(shown, progress, self.chains),
             )
             sampler.warm(self.warmup, compiling)
             z, kept = sampler.draw(self.chains, self.draws)
@@ -156,10 +156,15 @@ class _Compiling:
         )
 
 
-def _show(shown: Any, progress: "Progress") -> None:
+def _show(shown: Any, progress: "Progress", chains: int) -> None:
+    """Acceptance chain by chain; of more than four chains the lowest and the highest."""
+    if shown.disable:
+        return
+    rates = np.sort(progress.acceptance[:chains])[[0, -1]] if chains > 4 else progress.acceptance
+    accepted = ("-" if chains > 4 else "/").join(f"{rate:.2f}" for rate in rates[:chains])
     shown.update(int(progress.iterations) - shown.n)
     shown.set_postfix_str(
         f"{progress.phase}, step {progress.step:.2g}, {progress.steps:.0f} steps a draw, "
-        f"acceptance {progress.acceptance:.2f}, {progress.divergences} divergences",
+        f"acceptance {accepted}, {progress.divergences} divergences",
         refresh=False,
     )

@@ -1,4 +1,5 @@
 import math
+import re
 import warnings
 
 import numpy as np
@@ -286,3 +287,17 @@ def test_short_trajectories_are_told():
     method = bnn.NUTS(chains=2, warmup=50, draws=50, max_tree_depth=2)
     with pytest.warns(bnn.ConvergenceWarning, match="tree depth"):
         bnn.fit(model, x, torch.ones(3), method=method)
+
+
+@pytest.mark.parametrize(
+    ("chains", "shown"), [(2, r"\d\.\d\d/\d\.\d\d,"), (5, r"\d\.\d\d-\d\.\d\d,")]
+)
+def test_the_bar_tells_acceptance_chain_by_chain(regression, monkeypatch, capsys, chains, shown):
+    """In warmup too; of many chains the lowest and the highest."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    method = bnn.NUTS(chains=chains, warmup=100, draws=100)
+    bnn.fit(regression.model, regression.x, regression.y, method=method)
+    text = capsys.readouterr().err
+    assert "divergences" in text
+    assert re.search("acceptance " + shown, text)
+    assert "nan" not in text
