@@ -28,6 +28,7 @@ from bnn.data import Data
 from bnn.errors import CheckpointError, DataError, ModelError
 from bnn.handlers import parameters, quiet_pyro, seeded
 from bnn.method import METHODS, Method, Model
+from bnn.sites import Site, Sites
 
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
@@ -103,13 +104,21 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
             "Pass the model that was fitted."
         ) from error
     _check_draws(draws, group("stats"), tensors.get("history"), path)
-    _check_same_model(model, data, sites, draws, params, path)
+    method = _method(manifest["method"], path)
+    try:
+        latent = contract.latent_sites(method.program(model, params), data, sites)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} lacks what {type(method).__name__} predicts by: {error}. "
+            "Pass the model that was fitted."
+        ) from error
+    _check_same_model(model, data, sites, latent, draws, params, path)
     return Posterior(
         model=model,
-        method=_method(manifest["method"], path),
+        method=method,
         data=data,
         sites=sites,
-        draws={name: draws[name] for name in sites.latent if name in draws},
+        draws={name: draws[name] for name in latent if name in draws},
         params=params,
         stats=group("stats"),
         history=tensors.get("history"),
@@ -161,13 +170,14 @@ def _check_draws(
 def _check_same_model(
     model: Model,
     data: Data,
-    sites: Any,
+    sites: Sites,
+    latent: dict[str, Site],
     draws: dict[str, Tensor],
     params: dict[str, Tensor],
     path: Path,
 ) -> None:
     shapes = {k: tuple(v.shape[2:]) for k, v in draws.items()}
-    wanted = {k: v.shape for k, v in sites.latent.items() if k in draws or not v.local}
+    wanted = {k: v.shape for k, v in latent.items() if k in draws or not v.local}
     absent = {k: "absent" for k in sites.params if k not in params}
     if shapes != wanted or absent:
         differ = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))

@@ -122,6 +122,14 @@ def check_prior(model: Model, inputs: tuple[Tensor, ...], names: tuple[str, ...]
     return Sites(found, observed, plate, 0, rows, part, every, (), {}, True, names)
 
 
+def latent_sites(program: Model, data: Data, sites: Sites) -> dict[str, Site]:
+    """The latent sites of a method's program: the model's, then those that the method added."""
+    with quiet_pyro(), seeded(np.random.SeedSequence(0)):
+        stated = _latent(_run(program, data, data.tensors))
+    added = {k: _site(node, sites.plate) for k, node in stated.items() if k not in sites.latent}
+    return sites.latent | added
+
+
 def check_rows(
     program: Model, draw: dict[str, Tensor], args: tuple[Tensor, ...], sites: Sites
 ) -> None:

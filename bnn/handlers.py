@@ -63,13 +63,36 @@ class At(Messenger):
             self.missed = message["name"]
 
 
+class Rewrite(Messenger):
+    """Rewrites seams: deterministic sites take another value, which the program goes on with.
+
+    Attributes:
+        met: names of the seams that were rewritten in the last run.
+    """
+
+    def __init__(self, seams: Mapping[str, Callable[[Tensor], Tensor]]):
+        super().__init__()
+        self.seams = seams
+        self.met: set[str] = set()
+
+    def __enter__(self) -> "Rewrite":
+        self.met = set()
+        return super().__enter__()
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] in self.seams and message["infer"].get("_deterministic"):
+            message["value"] = self.seams[message["name"]](message["value"])
+            self.met.add(message["name"])
+
+
 class Score(Messenger):
     """Adds up log densities: `likelihood` over observed sites and factors, `prior` over latents.
 
     Everything inside the data plate is scaled by rows / size of the plate as the model states it:
     N/B when the model is given a minibatch of B of N rows, and 1 when its own plate subsamples
     (Pyro has scaled by N/B then). `elsewhere` replaces the log density of the latent sites that
-    it names: a callable of the site's distribution.
+    it names: a callable of the site's distribution. `weights`, (row,), counts each row of the data
+    plate so many times (a bootstrap).
     """
 
     def __init__(
@@ -77,9 +100,11 @@ class Score(Messenger):
         plate: str | None = None,
         rows: int | None = None,
         elsewhere: Mapping[str, Callable[[Distribution], Tensor]] | None = None,
+        weights: Tensor | None = None,
     ):
         super().__init__()
         self.plate, self.rows, self.elsewhere = plate, rows, elsewhere or {}
+        self.weights = weights
         self.likelihood: Any = 0.0
         self.prior: Any = 0.0
 
@@ -95,6 +120,8 @@ class Score(Messenger):
         for frame in message["cond_indep_stack"]:
             if frame.name == self.plate and self.rows is not None:
                 scale = scale * (self.rows / (frame.full_size or frame.size))
+            if frame.name == self.plate and self.weights is not None:
+                scale = scale * self.weights.reshape(-1, *[1] * (-1 - frame.dim))
         total = scale_and_mask(log_prob, scale, message["mask"]).sum()
         if message["is_observed"]:
             self.likelihood = self.likelihood + total

@@ -99,6 +99,7 @@ class Energy:
         *,
         jacobian: bool = True,
         elsewhere: Mapping[str, Callable[[Any], Tensor]] | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log p(data | z) and log p(z) at one flat vector; on a minibatch, scaled to all rows.
 
@@ -107,8 +108,10 @@ class Energy:
             args: the model's arguments, on all rows or on a minibatch.
             jacobian: False leaves out log |det dT/dz|, for modes in the model's own space.
             elsewhere: see `bnn.handlers.Score`.
+            weights: how often each row of `args` counts, (row,); see `bnn.handlers.Score`.
         """
-        with Score(self.sites.plate, self.data.rows, elsewhere) as score, At(self.values(z)) as at:
+        score = Score(self.sites.plate, self.data.rows, elsewhere, weights)
+        with score, At(self.values(z)) as at:
             self.model(*args)
         if at.missed:
             raise ModelError(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnn
-from bnn import checkpoint
+from bnn import checkpoint, handlers
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
 TINY = bnn.SVI(steps=30, draws=20)
@@ -335,3 +335,36 @@ def test_a_repeated_mode_is_stored_once(tmp_path):
     loaded = bnn.load(tmp_path / "mode", line)
     assert loaded.shape == (2, 1_000)
     assert torch.equal(loaded.draws["w"], posterior.draws["w"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shifted(bnn.Method):
+    """A method whose program has a site that the model has not."""
+
+    draws: int = 4
+
+    def fit(self, model, data, sites, *, seed, progress):
+        draws = {"net.weight": torch.ones(1, self.draws, 2), "shift": torch.randn(1, self.draws)}
+        return bnn.Posterior(model=model, method=self, data=data, sites=sites, draws=draws)
+
+    def program(self, model, params):
+        def shifted(*args):
+            shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+            with handlers.Rewrite({"f": lambda f: f + shift}):
+                model(*args)
+
+        return shifted
+
+
+def test_sites_that_the_method_added_come_back(tmp_path):
+    before = bnn.fit(model, X, Y, method=Shifted())
+    shift = before.predict(X).f - (X @ torch.ones(2))
+    torch.testing.assert_close(shift, before.draws["shift"][..., None].expand(1, 4, 12))
+    before.save(tmp_path / "fit")
+    after = bnn.load(tmp_path / "fit", model)
+    assert same(before.draws, after.draws)
+    assert torch.equal(after.predict(X).y, before.predict(X).y)
+    kept = {k: v for k, v in before.draws.items() if k != "shift"}
+    dataclasses.replace(before, draws=kept).save(tmp_path / "fit")
+    with pytest.raises(bnn.CheckpointError, match='"shift" is absent in the file'):
+        bnn.load(tmp_path / "fit", model)

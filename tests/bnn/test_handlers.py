@@ -1,0 +1,47 @@
+"""The effects that methods are built from."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from bnn.handlers import At, Capture, Rewrite, Score
+
+X, Y = torch.randn(6, 2), torch.randn(6)
+AT = {"w": torch.tensor([0.5, -1.0])}
+WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0, 1.0])
+
+
+def model(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        f = pyro.deterministic("f", x @ w)
+        pyro.sample("y", dist.Normal(f, 0.5), obs=y)
+
+
+def test_a_weight_counts_its_row_and_leaves_the_prior():
+    with Score("data", 6, weights=WEIGHTS) as score, At(AT):
+        model(X, Y)
+    each = dist.Normal(X @ AT["w"], 0.5).log_prob(Y)
+    torch.testing.assert_close(score.likelihood, (WEIGHTS * each).sum())
+    torch.testing.assert_close(score.prior, dist.Normal(0.0, 1.0).log_prob(AT["w"]).sum())
+
+
+def test_weights_lie_on_the_data_plate_when_another_is_inside():
+    def grid(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("column", 2, dim=-1):
+            pyro.sample("y", dist.Normal(x * w, 0.5), obs=y)
+
+    with Score("data", 12, weights=WEIGHTS) as score, At(AT):
+        grid(X, X)
+    each = dist.Normal(X * AT["w"], 0.5).log_prob(X).sum(1)
+    torch.testing.assert_close(score.likelihood, 2 * (WEIGHTS * each).sum())  # 12 rows, 6 shown
+
+
+def test_a_rewritten_seam_is_what_the_program_goes_on_with():
+    with Rewrite({"f": lambda f: f + 1, "w": lambda w: 7 * w}) as rewrite:
+        with Capture("y") as capture, At(AT):
+            model(X)
+    torch.testing.assert_close(capture.values["f"], X @ AT["w"] + 1)
+    torch.testing.assert_close(capture.fn.mean, X @ AT["w"] + 1)
+    assert rewrite.met == {"f"}  # w is a site of its own right, not a seam
