@@ -115,7 +115,8 @@ class Rewired(TorchFunctionMode):
         places = _CONVOLUTIONS.get(func, _TRANSPOSED.get(func, 0))
         if not (linear or places or func in _PRODUCTS):
             return None
-        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+        named: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False))
+        named.update(kwargs)
         weight, x = named.get("weight", named.get("other")), named.get("input")
         site = self._values.name(weight)
         if site is None or not isinstance(weight, Tensor) or not isinstance(x, Tensor):
