@@ -264,7 +264,7 @@ def make_reference(size: str, folder: Path, settings: dict[str, int]) -> None:
     """Stores a long NumPyro run of 16 chains: f at the test rows and sigma."""
     chosen = REFERENCE | settings
     sampler = partial(
-        numpyro_nuts, chains=chosen["chains"], how="parallel", target=chosen["target"]
+        numpyro_nuts, chains=chosen["chains"], how="sequential", target=chosen["target"]
     )
     lengths = {k: chosen[k] for k in ("warmup", "draws")}
     made = fresh(run, sampler, size, 20_000, lengths, 0.0)

@@ -23,12 +23,14 @@ from torch.func import grad_and_value, vmap
 
 from bnn.errors import ModelError, PerformanceWarning
 from bnn.handlers import branch, generator
-from bnn.inference._compile import compiled, first_line, graph_of, traced, work
+from bnn.inference._compile import Work, compiled, first_line, graph_of, traced, work
 from bnn.inference._energy import Energy
 
 ROUTES = ("compiled", "traced", "vmapped", "looped")
 _COMPILING = 6.0  # seconds that a compilation takes, between its first time and the cached one
 _CALL, _NUMBER = 0.4e-6, 0.35e-9  # seconds saved by it in a call, for each operation and number
+_CACHE = 250_000  # float32 numbers that an array may have and stay in a core's own cache (1 MiB)
+_FEW = 4  # lanes: fewer at a time, and the calls cost more than the cache saves
 
 
 class Gradient:
@@ -39,6 +41,8 @@ class Gradient:
 
     Attributes:
         route: the one in use, see above.
+        block: lanes that one run of a graph computes; fewer than all where arrays of all of them
+            would not stay in a core's cache.
 
     Args:
         energy: the log joint.
@@ -67,7 +71,12 @@ class Gradient:
             for k, scale in enumerate((0.5, 0.5, 1.0))
         ]
         self._points = points + [-p for p in points]
-        self._exact = [self._looped(p) for p in self._points]
+        with Work() as seen:
+            self._exact = [self._looped(self._points[0])]
+        self._exact += [self._looped(p) for p in self._points[1:]]
+        self.block = lanes
+        while self.block * seen.largest > _CACHE and self.block % 2 == 0 and self.block > _FEW:
+            self.block //= 2
         self._check_deterministic()
         self._graph: Any = None
         self._hastened, self._reason = False, ""
@@ -107,7 +116,7 @@ class Gradient:
         return self._try("compiled")
 
     def _saving(self) -> float:
-        operations, numbers = work(self._graph)
+        operations, numbers = (each * self.lanes // self.block for each in work(self._graph))
         return operations * _CALL + numbers * _NUMBER
 
     def _try(self, name: str) -> bool:
@@ -137,10 +146,18 @@ class Gradient:
     def _built(self, name: str) -> Callable[[Tensor], Any]:
         if name == "vmapped":
             return self._vmapped
+        few = self._points[0][: self.block].contiguous()
         if self._graph is None:
-            self._graph = graph_of(self._vmapped, self._points[0])
-        build = traced if name == "traced" else compiled
-        return build(self._graph, self._points[0])
+            self._graph = graph_of(self._vmapped, few)
+        run = (traced if name == "traced" else compiled)(self._graph, few)
+        if self.block == self.lanes:
+            return run
+
+        def by_blocks(z: Tensor) -> list[Tensor]:
+            parts = zip(*(run(block) for block in z.split(self.block)), strict=True)
+            return [torch.cat(each) for each in parts]
+
+        return by_blocks
 
     def _looped(self, z: Tensor) -> tuple[Tensor, Tensor]:
         gradients, values = [], []

@@ -112,16 +112,18 @@ def maximise(
     leaves = {name: tensors[name].requires_grad_() for name in unique}
     try:
         step = Step(objective, leaves, noise, members, settings.schedule == "plateau")
-        if seed is not None:
-            first = [next(batches), next(batches)]
-            batches = chain(first, batches)
-            stops = settings.schedule == "plateau" and Plateau(settings.steps, settle, epoch).judges
-            step.hasten(settings.steps * (_SHARE if stops else 1.0), first, seed)
         climbs = [
             _Climb(step, index, settings, settle, epoch)
             for index in ([()] if members is None else [(i,) for i in range(members)])
         ]
-        _ascend(step, climbs, batches, settings, what, label, progress, settle)
+        with bar(settings.steps * len(climbs), what, progress) as shown:
+            if seed is not None:
+                first = [next(batches), next(batches)]
+                batches = chain(first, batches)
+                early = climbs[0].plateau is not None and climbs[0].plateau.judges
+                announce = lambda: shown.set_postfix_str("compiling the step, some seconds")
+                step.hasten(settings.steps * (_SHARE if early else 1.0), first, seed, announce)
+            _ascend(step, climbs, batches, settings, what, label, shown, settle)
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(trained[name])
@@ -144,36 +146,35 @@ def _ascend(
     settings: Optimised,
     what: str,
     label: str,
-    progress: bool,
+    shown: Any,
     settle: int,
 ) -> None:
     """The loop itself."""
-    with bar(settings.steps * len(climbs), what, progress) as shown:
-        for number in range(settings.steps):
-            rates = [settings.learning_rate * climb.factor(number) for climb in climbs]
-            weight = min(1.0, (number + 1) / (settle + 1))
-            outcomes = step(next(batches), rates, weight)
-            for climb, (value, bad) in zip(climbs, outcomes, strict=True):
-                if climb.over:
-                    continue
-                if climb.lost(bad):
-                    which = f"{what} {climb.index[0] + 1}" if len(climbs) > 1 else what
-                    raise FitError(
-                        f"{which}: {bad} was not finite three times in a row, last at step "
-                        f"{number}. Lower learning_rate (now {settings.learning_rate:g}), or "
-                        "rescale the data.",
-                        step=number,
-                        site=bad,
-                    )
-                if not bad:
-                    climb.take(value)
-                    shown.update()
-            if number % 20 == 0 and not shown.disable:
-                recent = [sum(h[-20:]) / max(len(h[-20:]), 1) for h in (c.history for c in climbs)]
-                text = f"{label} {max(recent):.5g}, learning rate {max(rates):.1g}"
-                shown.set_postfix_str(text, False)
-            if all(climb.over for climb in climbs):
-                break
+    for number in range(settings.steps):
+        rates = [settings.learning_rate * climb.factor(number) for climb in climbs]
+        weight = min(1.0, (number + 1) / (settle + 1))
+        outcomes = step(next(batches), rates, weight)
+        for climb, (value, bad) in zip(climbs, outcomes, strict=True):
+            if climb.over:
+                continue
+            if climb.lost(bad):
+                which = f"{what} {climb.index[0] + 1}" if len(climbs) > 1 else what
+                raise FitError(
+                    f"{which}: {bad} was not finite three times in a row, last at step "
+                    f"{number}. Lower learning_rate (now {settings.learning_rate:g}), or "
+                    "rescale the data.",
+                    step=number,
+                    site=bad,
+                )
+            if not bad:
+                climb.take(value)
+                shown.update()
+        if number % 20 == 0 and not shown.disable:
+            recent = [sum(h[-20:]) / max(len(h[-20:]), 1) for h in (c.history for c in climbs)]
+            text = f"{label} {max(recent):.5g}, learning rate {max(rates):.1g}"
+            shown.set_postfix_str(text, False)
+        if all(climb.over for climb in climbs):
+            break
     for climb in climbs:
         climb.finish()
 

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from bnn.errors import PerformanceWarning
 from bnn.handlers import branch, seeded
-from bnn.inference._compile import compiled, first_line, graph_of
+from bnn.inference._compile import Work, compiled, first_line, graph_of
 
 Objective = Callable[[Mapping[str, Tensor], tuple[Any, ...], Tensor, tuple[Tensor, ...]], Tensor]
 """Of leaves, a batch, the weight of the KL and noise: () or (member,); larger is better."""
@@ -137,7 +136,11 @@ class Step:
         return _advance(leaves, gradients, state, value, rate, True)
 
     def hasten(
-        self, steps: float, batches: list[tuple[Any, ...]], seed: np.random.SeedSequence
+        self,
+        steps: float,
+        batches: list[tuple[Any, ...]],
+        seed: np.random.SeedSequence,
+        announce: Callable[[], None] = lambda: None,
     ) -> bool:
         """Compiles the step, if so many would repay it; True if it did.
 
@@ -148,18 +151,20 @@ class Step:
             steps: how many are expected.
             batches: the first two; where they are the same object all steps see it.
             seed: of the points at which the compiled step is compared with the eager one.
+            announce: called before the seconds that it takes.
         """
         if steps < _FEW:
             return False
         with seeded(seed):
             point = self._point(branch(seed, 0), batches[0])
-            with _Work() as work:
+            with Work() as work:
                 first = self._eager(*_copy(point))
             second = self._eager(*_copy(point))
             if work.random or not torch.equal(first, second):
                 return False
             if (work.operations * _CALL + work.numbers * _NUMBER) * steps < _COMPILING:
                 return False
+            announce()
             try:
                 graph, trial = self._traced(point, batches)
             except Exception:  # a branch on a value, an operation without a trace
@@ -302,22 +307,6 @@ def _copy(point: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _flat(rest: Any, batch: tuple[Any, ...]) -> list[Tensor]:
     return [each.detach() for each in tree_flatten((rest, batch))[0]]
-
-
-class _Work(TorchDispatchMode):
-    """Counts operations and the numbers that they write, and sees random ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations, self.numbers, self.random = 0, 0, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        if isinstance(out, Tensor) and not func.is_view:
-            self.operations += 1
-            self.numbers += out.numel()
-        return out
 
 
 def _close(first: Any, second: Any, leaves: Mapping[str, Tensor]) -> bool:

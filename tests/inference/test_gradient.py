@@ -481,3 +481,17 @@ def test_a_lane_does_not_depend_on_its_neighbours():
     value_again, slope_again = gradient(other)
     assert value_again[1] == value[1]
     assert torch.equal(slope_again[1], slope[1])
+
+
+@pytest.mark.parametrize("route", ["traced", "compiled"])
+def test_lanes_too_large_for_the_cache_are_computed_in_blocks(route, monkeypatch):
+    whole = gradient_of(KINDS["pyro_module_mlp"][0](), route)
+    assert whole.block == whole.lanes
+    monkeypatch.setattr(_gradient, "_CACHE", 1)
+    monkeypatch.setattr(_gradient, "_FEW", 1)
+    monkeypatch.setattr(_gradient, "compiled", lambda graph, *z: _compile.traced(graph, *z))
+    parts = gradient_of(KINDS["pyro_module_mlp"][0](), route)
+    assert parts.route == route
+    assert parts.block < parts.lanes
+    assert_equal_to_pyro(parts)
+    assert parts._saving() > whole._saving()  # each block has its own calls

@@ -230,3 +230,12 @@ def test_adam_is_that_of_torch():
         (other - target).pow(4).sum().backward()
         adam.step()
     torch.testing.assert_close(leaf, other)
+
+
+def test_the_bar_says_that_it_compiles(regression, hasty, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(_step, "compiled", _graph_itself)
+    method = bnn.SVI(steps=100, draws=10, schedule="constant")
+    bnn.fit(regression.model, regression.x, regression.y, method=method)
+    text = capsys.readouterr().err
+    assert text.index("compiling the step") < text.index("ELBO")
