@@ -172,21 +172,22 @@ def arguments(doc: str, sizes: Sequence[str] = (), repeats: int = 4) -> argparse
     return parser
 
 
-def begin(title: str, cores: int) -> None:
+def begin(title: str, cores: int, threads: int | None = None) -> None:
     """Holds this process and its children to the same cores, and says on what they run.
 
-    Torch and XLA start as many threads as there are cores to run on.
+    Torch and XLA start as many threads as there are cores to run on, unless `threads` says less.
     """
     pinned = "not pinned"
     if hasattr(os, "sched_setaffinity"):
         chosen = sorted(os.sched_getaffinity(0))[:cores]
         os.sched_setaffinity(0, chosen)
         cores, pinned = len(chosen), "pinned"
-    os.environ["OMP_NUM_THREADS"] = str(cores)
+    threads = threads or cores
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     warnings.simplefilter("ignore")  # what a short run warns of stands in the tables
     load = os.getloadavg()[0]
     print(f"# {title}\n")
-    print(f"{cores} of {os.cpu_count()} cores ({pinned}), {cores} torch threads; float32.")
+    print(f"{cores} of {os.cpu_count()} cores ({pinned}), {threads} torch threads; float32.")
     print(f"Load before the start: {load:.1f}. " + ", ".join(map(_version, PACKAGES)) + ".")
     if load > 0.5:
         print("The machine was busy: do not quote these numbers.")
