@@ -67,11 +67,7 @@ class Data:
         """
         if self.loader is not None:
             while True:
-                for batch in self.loader:
-                    made = like(tensors(tuple(batch), self.names), self.tensors)
-                    if self.admit is not None:
-                        self.admit(made[-1])
-                    yield made
+                yield from self.once(None)
         if size is None or size >= self.rows:
             while True:
                 yield self.tensors
@@ -79,6 +75,27 @@ class Data:
             order = torch.randperm(self.rows, generator=generator)
             for start in range(0, self.rows - size + 1, size):
                 yield take(self.tensors, order[start : start + size])
+
+    def once(self, size: int | None) -> Iterator[tuple]:
+        """One pass over the rows: in their order, the last batch being what is left; or a loader's.
+
+        Args:
+            size: rows in a batch; None gives all rows in one.
+        """
+        if self.loader is None:
+            size = max(self.rows, 1) if size is None else size
+            for first in range(0, max(self.rows, 1), size):
+                yield (
+                    self.tensors
+                    if size >= self.rows
+                    else take(self.tensors, slice(first, first + size))
+                )
+            return
+        for batch in self.loader:
+            made = like(tensors(tuple(batch), self.names), self.tensors)
+            if self.admit is not None:
+                self.admit(made[-1])
+            yield made
 
 
 def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:

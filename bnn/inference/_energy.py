@@ -196,11 +196,11 @@ class Energy:
 
     def _prior_draw(self) -> Tensor:
         with Capture(self.sites.observed) as capture:
-            self.model(*self._few)
+            self.model(*self.few)
         return self.flatten(capture.values)
 
     @cached_property
-    def _few(self) -> tuple[Any, ...]:
+    def few(self) -> tuple[Any, ...]:
         """Arguments that show every latent site: a few rows, where no site belongs to a row."""
         args = self.data.tensors
         if self.sites.locals or self.sites.subsampled or len(args[-1]) <= _FEW:

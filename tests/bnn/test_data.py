@@ -131,3 +131,17 @@ def test_shapes_are_told_with_their_axes():
 def test_column_names():
     assert column_names(pd.DataFrame({"a": [1], 2: [3]})) == ["a", "2"]
     assert column_names(np.zeros((1, 2))) == []
+
+
+def test_one_pass_shows_every_row_once():
+    x = torch.arange(10.0)
+    data = Data((x, torch.tensor(3.0), x), ("x", "unit", "y"), rows=10)
+    for size, lengths in ((4, [4, 4, 2]), (10, [10]), (20, [10]), (None, [10])):
+        batches = list(data.once(size))
+        assert [len(batch[-1]) for batch in batches] == lengths
+        assert torch.equal(torch.cat([batch[0] for batch in batches]), x)
+    loader = DataLoader(TensorDataset(x, x), batch_size=3, shuffle=True)
+    data = Data((x[:3], x[:3]), ("x", "y"), rows=10, loader=loader)
+    for _ in range(2):  # a pass is not the end of the loader
+        shown = torch.cat([batch[0] for batch in data.once(None)])
+        assert torch.equal(shown.sort().values, x)
