@@ -14,7 +14,7 @@ from bnn.errors import (
     PerformanceWarning,
 )
 from bnn.fitting import fit
-from bnn.inference import MAP, MCLMC, NUTS, SVI
+from bnn.inference import MAP, MCLMC, NUTS, SVI, Laplace
 from bnn.method import Method
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
@@ -31,6 +31,7 @@ __all__ = [
     "DataError",
     "DataWarning",
     "FitError",
+    "Laplace",
     "Method",
     "ModelError",
     "PerformanceWarning",

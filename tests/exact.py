@@ -136,6 +136,18 @@ def check_regression_by_mean_field(**settings) -> None:
     assert abs(posterior.elbo - exact.elbo(loc, scale)) < 0.1  # 8,192 draws, sd about 1.5: 4 x .017
 
 
+def check_regression_by_laplace(ratio: float = 1.0, **settings) -> None:
+    """The posterior is Gaussian: Laplace is exact; its diagonal is 1 / sqrt(H_jj)."""
+    exact = Regression.make()
+    settings = {"steps": 300, "schedule": "constant", "draws": 20_000} | settings
+    method = bnn.Laplace(**settings)
+    posterior = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1)
+    w, width = posterior.draws["w"], ratio * exact.sd
+    assert_exact(w, exact.mean, width, ratio=(0.98, 1.02))  # 4 standard errors at 20,000 draws
+    gap = 0.0 if ratio == 1 else 0.4774  # half the log of what the correlation takes
+    assert abs(posterior.log_evidence - (exact.log_evidence - gap)) < 1e-3
+
+
 def gamma_poisson(y=None):
     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
     with pyro.plate("data", 4):
@@ -155,6 +167,20 @@ def _check_positive_site(method: bnn.Method) -> None:
     y = torch.tensor([0.0, 1.0, 0.0, 2.0])
     posterior = bnn.fit(gamma_poisson, y, method=method, seed=2)
     assert_exact(posterior.draws["rate"], 5 / 5, math.sqrt(5) / 5)
+
+
+def check_positive_site_by_laplace(**settings) -> None:
+    """In z = log rate the density is Gamma's times e^z: mode log(5 / 5) = 0, H = 5."""
+    y = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    settings = {"steps": 300, "schedule": "constant", "draws": 20_000} | settings
+    posterior = bnn.fit(gamma_poisson, y, method=bnn.Laplace(**settings), seed=2)
+    z = posterior.draws["rate"].log()
+    assert_exact(z, 0.0, 1 / math.sqrt(5), ratio=(0.98, 1.02))  # 4 standard errors
+    at_mode = -1 - 4 - math.log(2)  # log Gamma(1 | 2, 1) + log Poisson(0, 1, 0, 2 | 1) + 0
+    laplace = at_mode + 0.5 * math.log(2 * math.pi / 5)
+    assert math.isclose(posterior.log_evidence, laplace, abs_tol=1e-4)
+    truth = math.lgamma(5) - math.log(2) - 5 * math.log(5)
+    assert abs(posterior.log_evidence - truth) < 1 / (12 * 5) + 1e-3  # Stirling's remainder
 
 
 def check_predictive_noise() -> None:

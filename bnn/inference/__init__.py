@@ -1,8 +1,9 @@
 """Ways to approximate a posterior: one method, one file."""
 
+from bnn.inference.laplace import Laplace
 from bnn.inference.map import MAP
 from bnn.inference.mclmc import MCLMC
 from bnn.inference.nuts import NUTS
 from bnn.inference.svi import SVI
 
-__all__ = ["MAP", "MCLMC", "NUTS", "SVI"]
+__all__ = ["MAP", "MCLMC", "NUTS", "SVI", "Laplace"]

@@ -1,0 +1,172 @@
+"""Mode: the last stretch to a maximum of the log joint, and the proof that it is one.
+
+Adam leaves a gradient. In the coordinates u of s = centre + R u, R R^T = H^-1, the log joint is
+nearly -|u|^2 / 2, so that L-BFGS takes a few passes over the rows and its gradient is in units of
+the posterior: 1 is a standard deviation.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnn.errors import ConvergenceWarning, FitError
+from bnn.inference._joint import Joint
+from bnn.inference._precision import Diagonal, NotPositive, Precision
+
+_ROUNDS = 5  # of a new H and a climb with it
+_PASSES = 40  # gradients in a climb
+_CLOSE = 1e-3  # posterior standard deviations from the mode: near enough
+_DOUBTFUL, _WRONG = 0.1, 0.5  # and of these the first is warned of, the second refused
+Shape = Callable[[Joint, Tensor], Precision]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode and the Gaussian there.
+
+    Attributes:
+        joint: the log joint.
+        s: its free entries at the mode, (size,).
+        precision: of the Gaussian.
+    """
+
+    joint: Joint
+    s: Tensor
+    precision: Precision
+
+    @property
+    def z(self) -> Tensor:
+        """The mode with the entries that are held, (size of z,)."""
+        return self.joint.lift(self.s)
+
+    def draws(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draws of z, (draw, size of z)."""
+        shape = (count, len(self.s))
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return self.joint.lift(self.s + self.precision.spread(noise))
+
+    def log_evidence(self, given: Iterable[str] = ()) -> float:
+        """Log p(data | the given sites), nats: their own prior does not count."""
+        without = {name: lambda fn: torch.zeros(()) for name in given}
+        value, _ = self.joint.gradient(self.s, without)
+        volume = len(self.s) * math.log(2 * math.pi) - self.precision.log_det
+        return value + 0.5 * volume
+
+
+def polish(joint: Joint, shape: Shape, *, proof: bool = True) -> Mode:
+    """Climbs from the base of the joint to a mode, and proves it.
+
+    Args:
+        joint: the log joint, at a point near a mode.
+        shape: its precision at a point.
+        proof: False is content with what a climb reaches.
+
+    Raises:
+        FitError: the log joint curves upwards, or its gradient does not vanish.
+    """
+    s = joint.start.double()
+    rounds = _ROUNDS if proof else 1
+    for number in range(rounds + 1):
+        failure = None
+        try:
+            precision = shape(joint, s)
+        except NotPositive as error:
+            precision, failure = _round(s), error
+        slope = joint.gradient(s)[1]
+        left = _left(precision, slope)
+        if failure is None and (left.max() < _CLOSE or number == rounds):
+            if proof and left.max() > _DOUBTFUL:
+                _tell(joint, slope, left)
+            return Mode(joint, s, precision)
+        if failure is not None and number == rounds:
+            raise upwards(joint, failure)
+        s = _climb(joint, s, precision)
+    raise AssertionError
+
+
+def _round(s: Tensor) -> Precision:
+    """Unit precision, where that of the log joint is none."""
+    return Precision([(torch.arange(len(s)), Diagonal(torch.ones(len(s), dtype=torch.float64)))])
+
+
+def _left(precision: Precision, slope: Tensor) -> Tensor:
+    """How far each entry is from the mode, in its posterior standard deviations, (size,)."""
+    if not len(slope):
+        return slope.new_zeros(1)
+    return precision.spread(precision.pull(slope)).abs() / precision.sd
+
+
+def _climb(joint: Joint, centre: Tensor, units: Precision) -> Tensor:
+    """L-BFGS in u, then plain steps u + gradient while they shorten it.
+
+    The line search compares values, whose rounding ends it early; the steps look at gradients only.
+    """
+    u = torch.zeros_like(centre).requires_grad_()
+    best = [float("-inf"), centre]
+
+    def at(u: Tensor) -> tuple[float, Tensor]:
+        s = centre + units.spread(u)
+        value, slope = joint.gradient(s)
+        if value > best[0]:
+            best[:] = value, s
+        return value, units.pull(slope)
+
+    def closure() -> float:
+        value, pull = at(u.detach())
+        u.grad = -torch.nan_to_num(pull)
+        return -value
+
+    optimiser = torch.optim.LBFGS(
+        [u],
+        max_iter=_PASSES,
+        max_eval=_PASSES,
+        tolerance_grad=0.1 * _CLOSE,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+    optimiser.step(closure)  # type: ignore[arg-type]
+    s = best[1]
+    pull = units.pull(joint.gradient(s)[1])
+    for _ in range(_PASSES):
+        ahead = s + units.spread(pull)
+        following = units.pull(joint.gradient(ahead)[1])
+        if not following.norm() < 0.9 * pull.norm():
+            break
+        s, pull = ahead, following
+    return s
+
+
+def upwards(joint: Joint, failure: NotPositive) -> FitError:
+    """The error that names the direction in which there is no maximum."""
+    entry = int(failure.direction.abs().argmax())
+    site, place = joint.name(entry)
+    share = float(failure.direction[entry].square() / failure.direction.square().sum())
+    return FitError(
+        f"Laplace found no mode: minus the Hessian of the log joint has the eigenvalue "
+        f'{failure.value:.3g}, in a direction that is to {share:.0%} entry {place} of "{site}". '
+        "There the log joint is flat or curves upwards, so that no Gaussian fits it. Use "
+        'hessian="ggn", narrow the prior of that site, leave it out by sites=(...), or start '
+        "elsewhere (seed, restarts).",
+        site=site,
+    )
+
+
+def _tell(joint: Joint, slope: Tensor, left: Tensor) -> None:
+    """Refuses what is no mode, and warns of what is nearly one."""
+    entry = int(left.argmax())
+    site, place = joint.name(entry)
+    found = (
+        f'the gradient ({float(slope[entry]):.3g}) would still move entry {place} of "{site}" by '
+        f"{float(left[entry]):.2g} posterior standard deviations"
+    )
+    cure = (
+        "Raise steps, pass a larger batch_size, or replace what has kinks (ReLU by tanh or "
+        "softplus): at a kink no gradient vanishes."
+    )
+    if left.max() > _WRONG:
+        raise FitError(f"Laplace is not at a mode: {found}. {cure}", site=site)
+    warnings.warn(f"Laplace is only near a mode: {found}. {cure}", ConvergenceWarning, stacklevel=5)

@@ -1,0 +1,200 @@
+"""Laplace: a Gaussian at the mode, as wide as the curvature there says.
+
+    p(z | data) ~ N(z*, H^-1),   z* = argmax log p(data, z),   H = -d2 log p(data, z*) / dz2
+    log p(data) ~ log p(data, z*) + size/2 log 2 pi - 1/2 log det H
+
+z is the model's sites on the real line, the Jacobian of that map included (MAP's mode leaves it
+out): the Gaussian is one there, and draws are mapped back. Adam climbs, L-BFGS in units of the
+posterior ends at a mode, and a fit that is not at one is refused. The curvature takes one pass over
+all rows, whatever the size of the minibatches.
+
+When not to use it: several modes, or a mode far from the mass (funnels, latent scales of many
+weights). Draws of a net leave the region in which it is linear, and its sampled predictions can be
+far worse than the linearised ones, the Gauss-Newton H being meant for those. No gradient vanishes
+at the kinks of a ReLU net.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn.data import Data
+from bnn.errors import ConvergenceWarning, ModelError
+from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
+from bnn.inference._choice import check_memory, chosen
+from bnn.inference._curvature import check_held, curvature
+from bnn.inference._energy import Energy
+from bnn.inference._evidence import scaled, tuned
+from bnn.inference._joint import Joint
+from bnn.inference._linearize import PREFIX, linearized, require_f
+from bnn.inference._members import Members
+from bnn.inference._mode import polish
+from bnn.inference._optimise import Optimised, maximise
+from bnn.inference._precision import Precision
+from bnn.method import Model, Tensors, check_count, check_positive
+from bnn.posterior import Posterior
+from bnn.sites import Sites, require_continuous, require_minibatches
+
+_WORDS = {
+    "structure": ("full", "kron", "diag", "last_layer"),
+    "hessian": ("ggn", "exact"),
+    "sites": (None,),
+    "predictive": ("sampled", "linearized"),
+    "tune": (None, "global", "site"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laplace(Optimised):
+    """A Gaussian at the posterior's mode.
+
+    Attributes:
+        structure: "full"; "kron" (a Kronecker product for each linear map, bias included, one
+            dense or diagonal block for the rest); "diag"; "last_layer" (full, of the last linear
+            map's weight and bias; the noise is held too).
+        hessian: "ggn", the generalised Gauss-Newton matrix: never indefinite through the
+            likelihood, and the Hessian where the model is linear; or "exact".
+        sites: names of the sites that the Gaussian is of; the others are held at the mode. None
+            takes all.
+        predictive: "sampled" runs the model at each draw, "linearized" with f linear in z.
+        tune: sets by maximum evidence a factor of the scale of Normal priors, one for all
+            ("global") or for each site ("site"), and the noise; or the named sites alone. The
+            values are in `params`, as "tuned.<site>".
+        restarts: starting points, each a chain of its own.
+        draws: draws of each Gaussian.
+        memory: gigabytes that the curvature may take.
+
+    `Posterior.log_evidence` is the largest of the restarts, given the tuned values where there are
+    some; None where sites are held at the mode: of the others alone it is no evidence.
+
+    References:
+        MacKay (1992), A practical Bayesian framework for backpropagation networks. Ritter, Botev,
+        Barber (2018), A scalable Laplace approximation for neural networks. Immer, Korzepa, Bauer
+        (2021), Improving predictions of Bayesian neural nets via local linearization. Daxberger et
+        al. (2021), Laplace redux.
+
+    Example:
+        >>> Laplace(structure="kron", predictive="linearized").hessian
+        'ggn'
+    """
+
+    structure: Literal["full", "kron", "diag", "last_layer"] = "full"
+    hessian: Literal["ggn", "exact"] = "ggn"
+    sites: tuple[str, ...] | None = None
+    predictive: Literal["sampled", "linearized"] = "sampled"
+    tune: str | tuple[str, ...] | None = None
+    restarts: int = 1
+    draws: int = 1_000
+    memory: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("Laplace", restarts=self.restarts, draws=self.draws)
+        check_positive("Laplace", memory=self.memory)
+        for name, known in _WORDS.items():
+            value, named = getattr(self, name), name in ("sites", "tune")
+            names = isinstance(value, tuple) and value and all(isinstance(v, str) for v in value)
+            if value not in known and not (named and names):
+                told = ", ".join(map(repr, known)) + ", a tuple of names of sites" * named
+                raise ValueError(f"Laplace({name}={value!r}): known are {told}.")
+        for refused, why in (
+            (self.structure == "kron" and self.hessian == "exact", 'kron needs hessian="ggn"'),
+            (self.structure == "last_layer" and self.sites is not None, "both choose the sites"),
+            (self.restarts > 1 and self.tune is not None, "each mode would have its own values"),
+            (self.restarts > 1 and self.predictive == "linearized", "f is linear around one mode"),
+        ):
+            if refused:
+                raise ValueError(f"{self!r}: these settings exclude each other: {why}.")
+
+    def fit(
+        self,
+        model: Model,
+        data: Data,
+        sites: Sites,
+        *,
+        seed: np.random.SeedSequence,
+        progress: bool,
+    ) -> Posterior:
+        """See `Method.fit`."""
+        self._check(model, data, sites)
+        factors: dict[str, float] = {}
+        energy = Energy(scaled(model, factors) if self.tune else model, data, sites)
+        starts = energy.initial(self.restarts, branch(seed, 0))
+        free = chosen(energy, starts[0], self.structure, self.sites)
+        whole = len(free) == len(energy.slots)
+        joint = Joint(energy, data, self.batch_size, starts[0], free)
+        check_memory(joint, self.structure, self.memory)
+        members = Members(self.restarts, energy, energy.log_joint, data, self.batch_size)
+        with seeded(branch(seed, 2)), parameters(model, data.tensors) as leftovers:
+            if self.hessian == "ggn":
+                check_held(joint, joint.start)
+            with warnings.catch_warnings():
+                if whole and not leftovers:  # then the climb goes on below, and is proved to end
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                histories = maximise(
+                    members.objective,
+                    {"mode": starts[0] if members.axis is None else starts, **leftovers},
+                    members.batches(branch(seed, 3)),
+                    self,
+                    label="log joint",
+                    what="Laplace",
+                    progress=progress,
+                    members=members.axis,
+                    epoch=data.epoch(self.batch_size),
+                    seed=None if leftovers else branch(seed, 4),
+                )
+            modes, values = [], {}
+            for start in starts:  # which Adam has moved
+                joint = Joint(energy, data, self.batch_size, start, free)
+                if self.tune is not None:
+                    joint, values = tuned(joint, sites, self._precision, self.tune, factors)
+                modes.append(polish(joint, self._precision))
+            evidence = max(mode.log_evidence(values.keys() - factors.keys()) for mode in modes)
+            params = constrained_parameters() | {f"tuned.{k}": v for k, v in values.items()}
+        if self.predictive == "linearized":
+            z = modes[0].z
+            params |= {PREFIX + k.name: z[k.span].reshape(k.free) for k in energy.slots}
+        draws = [m.draws(self.draws, generator(branch(seed, 5, i))) for i, m in enumerate(modes)]
+        return Posterior(
+            model=model,
+            method=self,
+            data=data,
+            sites=sites,
+            draws=energy.unflatten(torch.stack(draws)),  # (restart, draw, size)
+            params=params,
+            history=max(histories, key=lambda h: float(h[-1])),
+            log_evidence=evidence if whole else None,
+        )
+
+    def program(self, model: Model, params: Tensors) -> Model:
+        """The model, or the model with f linear in z."""
+        if self.predictive == "sampled":
+            return model
+        at = {k.removeprefix(PREFIX): v for k, v in params.items() if k.startswith(PREFIX)}
+        return linearized(model, at)
+
+    def _precision(self, joint: Joint, s: Tensor) -> Precision:
+        structure = "full" if self.structure == "last_layer" else self.structure
+        return curvature(joint, s.to(joint.base.dtype), structure, self.hessian)
+
+    def _check(self, model: Model, data: Data, sites: Sites) -> None:
+        """Refuses what no Gaussian can be fitted to, or not by these settings."""
+        require_continuous(sites, "Laplace")
+        if sites.subsampled:
+            raise ModelError(
+                f'Laplace adds the curvature up over all rows, and the plate "{sites.plate}" draws '
+                "a minibatch of its own. Leave subsample_size out and fit with batch_size."
+            )
+        if data.loader is not None or self.batch_size is not None:
+            require_minibatches(sites, "Laplace")
+        if sites.params and self.restarts > 1:
+            raise ModelError(
+                f"Laplace(restarts={self.restarts}) gives every restart a mode of its own, and "
+                f"{', '.join(sites.params[:3])}, without a prior, one value. Use restarts=1."
+            )
+        if self.predictive == "linearized":
+            require_f(model, data, sites)
