@@ -1,6 +1,6 @@
 """Bayesian neural nets in Pyro: write a model, call `fit`, compare posteriors in ArviZ."""
 
-from bnn import models
+from bnn import calibration, models
 from bnn.checkpoint import load
 from bnn.compare import compare
 from bnn.errors import (
@@ -37,6 +37,7 @@ __all__ = [
     "PerformanceWarning",
     "Posterior",
     "Prediction",
+    "calibration",
     "compare",
     "fit",
     "load",

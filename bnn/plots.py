@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.calibration import interval_coverage
+from bnn import calibration
 from bnn.errors import DataError
 from bnn.prediction import Prediction
 
@@ -116,7 +116,7 @@ def coverage(
     )
     ax.plot([0, 1], [0, 1], color=IDEAL, lw=1, ls="--", label="calibrated")
     for i, (name, prediction) in enumerate(named.items()):
-        share: Tensor = interval_coverage(prediction.y, observed, levels)
+        share: Tensor = calibration.interval_coverage(prediction.y, observed, levels)
         look: dict[str, Any] = {
             "color": SERIES[i % len(SERIES)],
             "marker": MARKERS[i % len(MARKERS)],
@@ -144,6 +144,8 @@ def reliability(
 ) -> "Axes":
     """Share of right labels against the probability stated for them, in bins of equal count.
 
+    See `calibration.reliability`.
+
     Args:
         predictions: one, or several by name, of rows whose observation is a label.
         y: labels, (row,).
@@ -161,27 +163,23 @@ def reliability(
     for i, (name, prediction) in enumerate(named.items()):
         if prediction.probs is None:
             raise DataError("plots.reliability draws labels; for numbers use plots.coverage.")
-        stated, label = prediction.probs.max(-1)
+        label = prediction.probs.argmax(-1)
         if label.shape != observed.shape or observed.ndim != 1:
             raise DataError(
                 f"The prediction has rows {tuple(label.shape)} and y has {tuple(observed.shape)}."
             )
-        order = stated.argsort()
-        right = (label == observed).double()[order]
-        cuts = torch.tensor_split(torch.arange(len(order)), min(bins, max(len(order) // 10, 1)))
-        x = torch.stack([stated[order][cut].double().mean() for cut in cuts])
-        share = torch.stack([right[cut].mean() for cut in cuts])
-        # The sd of a Beta(1 + right, 1 + wrong): not 0 where all are right.
-        smooth = torch.stack([(right[cut].sum() + 1) / (len(cut) + 2) for cut in cuts])
-        error = (smooth * (1 - smooth) / torch.tensor([len(cut) + 3 for cut in cuts])).sqrt()
+        most = min(bins, max(len(observed) // 10, 1))
+        curve = calibration.reliability(prediction.probs, observed, bins=most)
+        error = (curve.observed - curve.lower, curve.upper - curve.observed)
         look: dict[str, Any] = {
             "color": SERIES[i % len(SERIES)],
             "marker": MARKERS[i % len(MARKERS)],
         }
-        ax.errorbar(x, share, error, lw=1.5, ms=5, capsize=2, label=name or "observed", **look)
+        look |= {"lw": 1.5, "ms": 5, "capsize": 2, "label": name or "observed"}
+        ax.errorbar(curve.stated, curve.observed, error, **look)
     ax.set(
         xlabel="stated probability of the predicted label",
-        ylabel="share of right labels (± standard error)",
+        ylabel="share of right labels (95 % interval)",
         title=title,
         xlim=(0, 1.02),
         ylim=(0, 1.05),

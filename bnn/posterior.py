@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnn import arguments, contract
+from bnn.calibration import log_score
 from bnn.data import Data, take, take_filled
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
@@ -215,8 +216,7 @@ class Posterior:
         log (1/S) sum_s p(y | x, draw s): the mean over draws is inside the logarithm, and rows
         are apart (Gelman, Hwang, Vehtari 2014, eq. 5).
         """
-        each = self.log_likelihood(*data).flatten(0, 1)
-        return each.double().logsumexp(0).sub(math.log(len(each))).to(each.dtype)
+        return log_score(self.log_likelihood(*data))
 
     def to_arviz(self, *, predictions: Prediction | None = None) -> Any:
         """An ArviZ object: `InferenceData` on 0.x, `DataTree` on 1.x, the same groups on both.
