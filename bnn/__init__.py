@@ -1,6 +1,6 @@
 """Bayesian neural nets in Pyro: write a model, call `fit`, compare posteriors in ArviZ."""
 
-from bnn import calibration, models
+from bnn import calibration, conformal, models, selective
 from bnn.checkpoint import load
 from bnn.compare import compare
 from bnn.errors import (
@@ -39,9 +39,11 @@ __all__ = [
     "Prediction",
     "calibration",
     "compare",
+    "conformal",
     "fit",
     "load",
     "models",
     "prior_predictive",
+    "selective",
 ]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ FILES = {str(p.relative_to(ROOT)): p for p in sorted((ROOT / "bnn").rglob("*.py"
 MODELS = [f for f in FILES if f.startswith("bnn/models/")]
 INFERENCE = [f for f in FILES if f.startswith("bnn/inference/")]
 METHOD_FILES = [f for f in INFERENCE if not Path(f).name.startswith("_")]
-ARRAYS = [f for f in FILES if re.match(r"bnn/(calibration/|arrays\.py)", f)]
+ARRAYS = [f for f in FILES if re.match(r"bnn/(calibration/|(arrays|conformal|selective)\.py)", f)]
 CORE = [f for f in FILES if f not in MODELS + INFERENCE]
 ROOMS = [bnn, bnn.models, bnn.inference, bnn.calibration]  # with an __all__ each
 DOORS = ("bnn/__init__.py", "bnn/__main__.py")  # the package's face and its command
@@ -54,7 +54,7 @@ def within(name, module):
 
 def test_the_checks_see_the_package():
     assert len(MODELS) > 5
-    assert len(ARRAYS) >= 6
+    assert len(ARRAYS) >= 8
     assert {"bnn/inference/svi.py", "bnn/inference/map.py"} < set(METHOD_FILES)
     assert "bnn.inference._optimise.maximise" in imports("bnn/inference/svi.py")
     assert "arviz" in imports("bnn/export.py")

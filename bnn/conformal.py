@@ -1,0 +1,291 @@
+"""Conformal prediction: intervals and sets that hold a new observation as often as they say.
+
+Each function takes predictions and observations of n held-out rows and gives a rule to be called on
+the predictions of new rows. If the held-out and the new rows are exchangeable, and the posterior
+has seen neither, then the rule holds a new observation with probability at least `level`, and at
+most level + 1 / (n + 1) where no scores tie; whatever the model. That is on average over rows and
+held-out sets: not for each kind of row.
+
+    split   mean +- a constant, or a multiple of the predictive standard deviation
+    cqr     an interval of the posterior, moved out or in by a constant
+    lac     the labels that are probable enough: the smallest sets on average
+    aps     the most probable labels up to a sum: larger sets, of more even coverage over rows
+    raps    aps that pays for each label beyond the first few: smaller sets where labels are many
+
+    rule = bnn.conformal.cqr(*posterior.predict(x_held_out).interval(0.9), y_held_out)
+    lower, upper = rule(*posterior.predict(x_new).interval(0.9))
+"""
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn.arrays import classified, finite, probabilities, probability, same_rows
+from bnn.errors import ApproximationWarning, DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Intervals around a mean.
+
+    Attributes:
+        radius: half their width, in units of y, or of the standard deviation where `scaled`.
+        scaled: whether they go with the standard deviation.
+        level: probability that they hold a new observation.
+    """
+
+    radius: float
+    scaled: bool
+    level: float
+
+    def __call__(self, mean: Any, std: Any = None) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends, (row, *) each, of means and (where scaled) deviations (row, *)."""
+        mean = finite(mean, "mean")
+        if self.scaled != (std is not None):
+            told = "with" if self.scaled else "without"
+            raise DataError(f"This rule was fitted {told} std. Call it {told} std.")
+        radius = self.radius * (torch.ones_like(mean) if std is None else _std(std, mean))
+        return mean - radius, mean + radius
+
+
+@dataclass(frozen=True)
+class CQR:
+    """Intervals moved at both ends.
+
+    Attributes:
+        shift: by how much outwards, units of y; below 0 inwards.
+        level: probability that they hold a new observation.
+    """
+
+    shift: float
+    level: float
+
+    def __call__(self, lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends of intervals (row, *) each; their middle where the ends would cross.
+
+        A single point there, where the rule would allow nothing, keeps what is promised.
+        """
+        lower, upper = _interval(lower, upper)
+        middle = (lower + upper) / 2
+        return torch.minimum(lower - self.shift, middle), torch.maximum(upper + self.shift, middle)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Sets of labels: those whose score is at most a threshold.
+
+    Attributes:
+        threshold: largest score of a label inside.
+        level: probability that a set holds a new label.
+        kind: "lac" or "aps"; raps is aps with a penalty.
+        penalty: added to the score for each label after the first `free` ones.
+        free: labels without penalty.
+        randomised: whether the last label of a set enters by chance.
+    """
+
+    threshold: float
+    level: float
+    kind: str
+    penalty: float = 0.0
+    free: int = 0
+    randomised: bool = False
+
+    def __call__(self, probs: Any, *, seed: int = 0) -> Tensor:
+        """Whether each label is in the set, (row, *, class), bool. A set can be empty.
+
+        Args:
+            probs: class probabilities, (row, *, class).
+            seed: of the chance by which the last label enters.
+        """
+        probs = probabilities(probs)
+        return self._scores(probs, (seed, 1)) <= self.threshold
+
+    def _scores(self, probs: Tensor, seed: tuple[int, int]) -> Tensor:
+        """How little each label is expected, (row, *, class)."""
+        probs = probs.double()
+        if self.kind == "lac":
+            return 1 - probs
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        chance = torch.zeros(*probs.shape[:-1], 1, dtype=torch.float64)
+        if self.randomised:
+            chance = torch.from_numpy(np.random.default_rng(seed).random(chance.shape))
+        rank = torch.arange(1, probs.shape[-1] + 1, device=probs.device)
+        score = ordered.cumsum(-1) - chance.to(probs.device) * ordered
+        score = score + self.penalty * (rank - self.free).clamp(min=0)
+        return torch.empty_like(score).scatter_(-1, order, score)
+
+
+def split(mean: Any, y: Any, *, std: Any = None, level: float = 0.9) -> Split:
+    """Mean +- a quantile of held-out errors.
+
+    Args:
+        mean: predictive means of held-out rows, (row, *), such as `prediction.mean`.
+        y: their observations, (row, *).
+        std: predictive standard deviations, (row, *), such as `prediction.std`: the intervals are
+            then wide where the posterior is unsure. Default: all of one width.
+        level: probability that an interval holds a new observation.
+
+    Raises:
+        DataError: other rows, NaN, a std that is not above 0, a level not in (0, 1).
+
+    Warns:
+        ApproximationWarning: too few rows for the level; the intervals are infinite.
+
+    References:
+        Lei et al. (2018), Distribution-free predictive inference for regression.
+    """
+    mean, y = finite(mean, "mean"), finite(y, "y")
+    same_rows(mean, y, ("mean", "y"))
+    away = (y.to(mean.device) - mean).abs()
+    if std is not None:
+        away = away / _std(std, mean)
+    return Split(_quantile(away, level), std is not None, level)
+
+
+def cqr(lower: Any, upper: Any, y: Any, *, level: float = 0.9) -> CQR:
+    """Conformalised quantile regression: any interval, moved until it holds enough held-out rows.
+
+    Args:
+        lower: lower ends of intervals of held-out rows, (row, *): `prediction.interval(0.9)[0]`.
+        upper: upper ends, (row, *).
+        y: observations, (row, *).
+        level: probability that an interval holds a new observation; as a rule that of the intervals
+            passed in.
+
+    Raises:
+        DataError: other rows, NaN, lower above upper, a level not in (0, 1).
+
+    Warns:
+        ApproximationWarning: too few rows for the level; the intervals are infinite.
+
+    References:
+        Romano, Patterson, Candès (2019), Conformalized quantile regression.
+    """
+    lower, upper = _interval(lower, upper)
+    y = finite(y, "y").to(lower.device)
+    same_rows(lower, y, ("lower", "y"))
+    return CQR(_quantile(torch.maximum(lower - y, y - upper), level), level)
+
+
+def lac(probs: Any, labels: Any, *, level: float = 0.9) -> Sets:
+    """Least ambiguous sets: the labels of at least a certain probability.
+
+    Args:
+        probs: class probabilities of held-out rows, (row, class).
+        labels: class indices, (row,).
+        level: probability that a set holds a new label.
+
+    Raises:
+        DataError: what is no probability, no class, or has other rows; a level not in (0, 1).
+
+    Warns:
+        ApproximationWarning: too few rows for the level; the sets hold every label.
+
+    References:
+        Sadinle, Lei, Wasserman (2019), Least ambiguous set-valued classifiers with bounded error
+        levels.
+    """
+    return _sets(probs, labels, Sets(math.inf, level, "lac"), seed=0)
+
+
+def aps(
+    probs: Any, labels: Any, *, level: float = 0.9, randomised: bool = True, seed: int = 0
+) -> Sets:
+    """Adaptive prediction sets: the most probable labels, until their probabilities sum to enough.
+
+    Args:
+        probs: class probabilities of held-out rows, (row, class).
+        labels: class indices, (row,).
+        level: probability that a set holds a new label.
+        randomised: the last label enters by chance; else always, and sets are larger.
+        seed: of that chance on the held-out rows.
+
+    Raises:
+        DataError: as `lac`.
+
+    Warns:
+        ApproximationWarning: as `lac`.
+
+    References:
+        Romano, Sesia, Candès (2020), Classification with valid and adaptive coverage.
+    """
+    return _sets(probs, labels, Sets(math.inf, level, "aps", randomised=randomised), seed)
+
+
+def raps(
+    probs: Any,
+    labels: Any,
+    *,
+    level: float = 0.9,
+    penalty: float = 0.01,
+    free: int = 5,
+    randomised: bool = True,
+    seed: int = 0,
+) -> Sets:
+    """Regularised adaptive prediction sets: `aps` with a price on long sets.
+
+    Args:
+        probs: class probabilities of held-out rows, (row, class).
+        labels: class indices, (row,).
+        level: probability that a set holds a new label.
+        penalty: price of each label after the `free` most probable ones, at least 0.
+        free: labels without a price, at least 0. Choose both on other rows than these.
+        randomised: the last label enters by chance; else always, and sets are larger.
+        seed: of that chance on the held-out rows.
+
+    Raises:
+        DataError: as `lac`; a penalty or a number of free labels below 0.
+
+    Warns:
+        ApproximationWarning: as `lac`.
+
+    References:
+        Angelopoulos, Bates, Malik, Jordan (2021), Uncertainty sets for image classifiers using
+        conformal prediction.
+    """
+    if not (0 <= penalty < math.inf and free >= 0):
+        raise DataError(f"penalty is {penalty!r} and free is {free!r}. Pass numbers of at least 0.")
+    return _sets(probs, labels, Sets(math.inf, level, "aps", penalty, free, randomised), seed)
+
+
+def _sets(probs: Any, labels: Any, rule: Sets, seed: int) -> Sets:
+    probs, labels = classified(probs, labels)
+    scores = rule._scores(probs, (seed, 0)).gather(-1, labels[:, None])
+    return replace(rule, threshold=_quantile(scores, rule.level, stacklevel=4))
+
+
+def _quantile(scores: Tensor, level: float, stacklevel: int = 3) -> float:
+    """The ceil((n + 1) level)-th smallest of n scores: a new one is below it so often."""
+    level, count = float(probability(level)), scores.numel()
+    place = math.ceil(round((count + 1) * level, 9))  # 100 * 0.55 is 55, not a bit more
+    if place > count:
+        warnings.warn(
+            f"{count} held-out rows cannot tell a level of {level:g}: the rule allows everything. "
+            f"Hold out at least {math.ceil(round(level / (1 - level), 9))} rows, or lower level.",
+            ApproximationWarning,
+            stacklevel=stacklevel,
+        )
+        return math.inf
+    return float(scores.flatten().double().sort().values[place - 1])
+
+
+def _std(std: Any, mean: Tensor) -> Tensor:
+    std = finite(std, "std").to(mean.device)
+    same_rows(mean, std, ("mean", "std"))
+    if not bool((std > 0).all()):
+        raise DataError(f"std has values down to {float(std.min()):g}. Each must be above 0.")
+    return std
+
+
+def _interval(lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
+    lower, upper = finite(lower, "lower"), finite(upper, "upper")
+    same_rows(lower, upper, ("lower", "upper"))
+    crossed = int((lower > upper).sum())
+    if crossed:
+        raise DataError(f"lower is above upper at {crossed} of {lower.numel()} rows. Swap them?")
+    return lower, upper.to(lower.device)
