@@ -265,6 +265,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {"named": {str(k): _plain(v) for k, v in value.items()}}
     module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", None)
     return {"code": f"{module}.{name}" if name else repr(value)}
 
@@ -281,7 +283,9 @@ def _method(stored: dict[str, Any], path: Path) -> Method:
     for name, value in stored["settings"].items():
         if name not in known:
             raise CheckpointError(f"{path} has a setting {name!r}, which {kind.__name__} has not.")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(value.get("named"), dict):
+            value = value["named"]
+        elif isinstance(value, dict):
             guide = _autoguide(value.get("code"))
             if guide is None:
                 lost.append(f"{name} ({value.get('code')})")

@@ -14,6 +14,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from bnn.handlers import is_statement
 
@@ -79,6 +80,7 @@ class Rewired(TorchFunctionMode):
 
     Attributes:
         found: the maps met, in order of their calls.
+        elsewhere: sites whose value something else took too; noticed where there are no rules.
 
     Args:
         rules: by site; a map without one is computed as ever.
@@ -88,6 +90,7 @@ class Rewired(TorchFunctionMode):
         super().__init__()
         self.rules = rules or {}
         self.found: list[LinearMap] = []
+        self.elsewhere: set[str] = set()
         self._values = _Values()
 
     def __enter__(self) -> "Rewired":
@@ -104,11 +107,15 @@ class Rewired(TorchFunctionMode):
         """See torch.overrides."""
         kwargs = kwargs or {}
         met = self._map(func, args, kwargs)
-        if met is None:
-            return func(*args, **kwargs)
-        self.found.append(met)
-        rule = self.rules.get(met.site)
-        return func(*args, **kwargs) if rule is None else rule(met)
+        rule = None
+        if met is not None:
+            self.found.append(met)
+            rule = self.rules.get(met.site)
+        out = func(*args, **kwargs) if rule is None or met is None else rule(met)
+        if not self.rules and any(isinstance(each, Tensor) for each in tree_leaves(out)):
+            took = {self._values.name(each) for each in tree_leaves((args, kwargs))}
+            self.elsewhere |= {name for name in took if name and not (met and met.site == name)}
+        return out
 
     def _map(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearMap | None:
         linear = func is torch.nn.functional.linear

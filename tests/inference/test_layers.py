@@ -93,3 +93,15 @@ def test_equal_numbers_are_not_the_same_site():
         return x @ torch.ones(3)
 
     assert linear_maps(model, (torch.randn(5, 3),)) == {}
+
+
+def test_another_use_of_a_site_is_noticed():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        return x @ w + x.shape[0] * w.shape[0] + x @ v + v.sum()
+
+    with Rewired() as watch:
+        model(torch.randn(5, 3))
+    assert [met.site for met in watch.found] == ["w", "v"]
+    assert watch.elsewhere == {"v"}
