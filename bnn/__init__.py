@@ -14,7 +14,7 @@ from bnn.errors import (
     PerformanceWarning,
 )
 from bnn.fitting import fit
-from bnn.inference import MAP, MCLMC, NUTS, SVI, Laplace
+from bnn.inference import MAP, MCLMC, NUTS, SVI, ConcreteDropout, Laplace, MCDropout
 from bnn.method import Method
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
@@ -27,11 +27,13 @@ __all__ = [
     "SVI",
     "ApproximationWarning",
     "CheckpointError",
+    "ConcreteDropout",
     "ConvergenceWarning",
     "DataError",
     "DataWarning",
     "FitError",
     "Laplace",
+    "MCDropout",
     "Method",
     "ModelError",
     "PerformanceWarning",

@@ -1,9 +1,11 @@
 """Ways to approximate a posterior: one method, one file."""
 
+from bnn.inference.concrete_dropout import ConcreteDropout
 from bnn.inference.laplace import Laplace
 from bnn.inference.map import MAP
+from bnn.inference.mc_dropout import MCDropout
 from bnn.inference.mclmc import MCLMC
 from bnn.inference.nuts import NUTS
 from bnn.inference.svi import SVI
 
-__all__ = ["MAP", "MCLMC", "NUTS", "SVI", "Laplace"]
+__all__ = ["MAP", "MCLMC", "NUTS", "SVI", "ConcreteDropout", "Laplace", "MCDropout"]

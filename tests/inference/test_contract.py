@@ -29,6 +29,11 @@ METHODS = {
     "laplace_kron": bnn.Laplace(structure="kron", restarts=2, steps=300, draws=60),
     "laplace_diag": bnn.Laplace(structure="diag", hessian="exact", steps=300, draws=60),
     "laplace_linearized": bnn.Laplace(predictive="linearized", steps=300, draws=60),
+    "mc_dropout": bnn.MCDropout(rate=0.2, steps=300, draws=60),
+    "mc_dropout_by_site": bnn.MCDropout(
+        rate={"net.weight": 0.05}, length_scale=0.5, steps=300, draws=60
+    ),
+    "concrete_dropout": bnn.ConcreteDropout(steps=300, draws=60),
     "nuts": bnn.NUTS(chains=2, warmup=100, draws=40),
     "mclmc": bnn.MCLMC(chains=2, warmup=100, draws=40),
     "mclmc_unadjusted": bnn.MCLMC(chains=2, warmup=100, draws=40, adjusted=False),

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from bnn import handlers, prediction
-from bnn.inference import _curvature, _elbo, _energy, _guide, _nuts, _trajectory
+from bnn.inference import (
+    _curvature,
+    _elbo,
+    _energy,
+    _guide,
+    _masks,
+    _nuts,
+    _trajectory,
+    concrete_dropout,
+)
 from tests import exact
 from tests.exact import Regression
 
@@ -30,14 +39,21 @@ def test_likelihood_counted_twice(check, monkeypatch):
     _fails(check)
 
 
-def test_minibatch_scale_missing(monkeypatch):
+@pytest.mark.parametrize(
+    ("check", "settings"),
+    [
+        (exact.check_regression_by_mean_field, {"batch_size": 10}),
+        (exact.check_regression_by_mc_dropout, {"batch_size": 25, "length_scale": 4.0}),
+    ],
+)
+def test_minibatch_scale_missing(check, settings, monkeypatch):
     plain = handlers.Score.__init__
 
-    def unscaled(self, plate=None, rows=None, elsewhere=None):
+    def unscaled(self, plate=None, rows=None, elsewhere=None, weights=None):
         plain(self, None, None, elsewhere)
 
     monkeypatch.setattr(handlers.Score, "__init__", unscaled)
-    _fails(exact.check_regression_by_mean_field, batch_size=10)
+    _fails(check, **settings)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +208,15 @@ def test_log_jacobian_missing_from_laplace(monkeypatch):
 
     monkeypatch.setattr(Joint, "terms", without)
     _fails(exact.check_positive_site_by_laplace)
+
+
+def test_drawn_masks_not_divided_by_their_mean(monkeypatch):
+    monkeypatch.setattr(
+        _masks, "hard", lambda shape, rate: torch.bernoulli(torch.full(shape, 1 - rate))
+    )
+    _fails(exact.check_regression_by_mc_dropout)
+
+
+def test_entropy_of_the_masks_dropped(monkeypatch):
+    monkeypatch.setattr(concrete_dropout, "softplus", lambda logit: logit.sigmoid() * logit)
+    _fails(exact.check_rate_by_concrete_dropout)

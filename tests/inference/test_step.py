@@ -92,6 +92,16 @@ def test_every_family_has_a_graph(regression, hasty, monkeypatch, guide):
     _agree(fast, plainly)
 
 
+@pytest.mark.parametrize("method", [bnn.MCDropout, bnn.ConcreteDropout])
+def test_dropout_has_a_graph(regression, hasty, monkeypatch, method):
+    monkeypatch.setattr(_step, "compiled", _graph_itself)
+    model = bnn.models.mlp_regression(2, (5,))
+    settings = method(steps=40, draws=5, batch_size=10)
+    fast, plainly, route = _both(monkeypatch, model, regression.x, regression.y, method=settings)
+    assert route == "compiled"
+    _agree(fast, plainly)
+
+
 def test_a_batch_of_another_size_runs_eagerly(regression, hasty, monkeypatch):
     monkeypatch.setattr(_step, "compiled", _graph_itself)
     rows = torch.utils.data.TensorDataset(regression.x, regression.y)
