@@ -1,5 +1,7 @@
 """What can go wrong, by name: the model, the data, the fit, or a file."""
 
+import sys
+
 
 class ModelError(ValueError):
     """The model cannot be fitted as it is written: a site, a plate or a shape is wrong."""
@@ -41,3 +43,11 @@ class PerformanceWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """The data can be used, and something about them probably was not meant."""
+
+
+def outside() -> int:
+    """The `stacklevel` at which a warning points at the code that called the package."""
+    frame, level = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "bnn":
+        frame, level = frame.f_back, level + 1
+    return level

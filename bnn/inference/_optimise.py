@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.errors import ConvergenceWarning, FitError
+from bnn.errors import ConvergenceWarning, FitError, outside
 from bnn.inference._progress import bar
 from bnn.inference._step import Objective, Step
 from bnn.method import Method, check_count, check_positive
@@ -134,7 +134,7 @@ def maximise(
             f"{what}: the {label} was still rising when {settings.steps} steps ran short{some}. "
             f"Raise steps, or learning_rate (now {settings.learning_rate:g}).",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=outside(),
         )
     return [torch.tensor(climb.history) for climb in climbs]
 

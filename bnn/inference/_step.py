@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from bnn.errors import PerformanceWarning
+from bnn.errors import PerformanceWarning, outside
 from bnn.handlers import branch, seeded
 from bnn.inference._compile import Work, compiled, first_line, graph_of
 
@@ -177,7 +177,7 @@ class Step:
                     "model is written: the same fit, only slower. Is there a C++ compiler (g++ or "
                     "clang) on the path?",
                     PerformanceWarning,
-                    stacklevel=5,
+                    stacklevel=outside(),
                 )
                 return False
             fixed = batches[0] is batches[1]
