@@ -167,7 +167,7 @@ class Energy:
         Raises:
             FitError: no point with a finite density was found.
         """
-        draws = self._prior_draws(seed)
+        draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
         centre = torch.where(median.abs() > reach, median, 0.0)
         points = []
@@ -188,9 +188,10 @@ class Energy:
 
     def prior_scale(self, seed: np.random.SeedSequence) -> Tensor:
         """Rough prior standard deviation of each coordinate, within [1e-3, 1], (size,)."""
-        return self._prior_draws(seed).std(0).clamp(1e-3, 1.0)
+        return self.prior_draws(32, seed).std(0).clamp(1e-3, 1.0)
 
-    def _prior_draws(self, seed: np.random.SeedSequence, count: int = 32) -> Tensor:
+    def prior_draws(self, count: int, seed: np.random.SeedSequence) -> Tensor:
+        """Draws of the prior, (count, size)."""
         with seeded(seed), torch.no_grad():
             return torch.stack([self._prior_draw() for _ in range(count)])
 

@@ -5,6 +5,7 @@ the machine that costs little more than one member; on large ones it is no slowe
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,20 +29,27 @@ class Members:
     Args:
         count: members.
         energy: the log joint.
-        one: objective of one member at its flat vector and a batch, larger is better.
+        one: objective of one member at its flat vector and a batch, larger is better. It is given
+            its tensors of `rows` and `whole` by name.
         data: the rows.
         batch_size: rows in a minibatch of one member; None takes all rows.
+        rows: what a member has for each row, (member, row, *), such as weights: gathered with the
+            rows of each minibatch. Not where a loader chooses the rows.
+        whole: what a member has besides, (member, *).
     """
 
     def __init__(
         self,
         count: int,
         energy: Energy,
-        one: Callable[[Tensor, tuple[Any, ...]], Tensor],
+        one: Callable[..., Tensor],
         data: Data,
         batch_size: int | None,
+        rows: Mapping[str, Tensor] | None = None,
+        whole: Mapping[str, Tensor] | None = None,
     ):
         self.energy, self.one, self.data, self.batch_size = energy, one, data, batch_size
+        self.rows, self.whole = rows or {}, whole or {}
         self.axis = count if count > 1 else None
         self.own = (
             count > 1 and data.loader is None and batch_size is not None and batch_size < data.rows
@@ -55,24 +63,44 @@ class Members:
         noise: tuple[Tensor, ...],
     ) -> Tensor:
         """Of each member, (member,), at the leaf "mode", (member, size); see `Step`."""
+        count = len(self.data.tensors)
+        args, rows = batch[:count], batch[count:]
+        names = [*self.rows, *self.whole]
         if self.axis is None:
-            return self.one(tensors["mode"], batch)
-        if self.own:
-            each = lambda z, *args: self.one(z, args)
-            return self.energy.batched(each, tensors["mode"], *batch)
-        return self.energy.batched(lambda z: self.one(z, batch), tensors["mode"])
+            own = (*rows, *(each[0] for each in self.whole.values()))
+            return self.one(tensors["mode"], args, **dict(zip(names, own, strict=True)))
+        shared = () if self.own else args
+
+        def one(z: Tensor, *rest: Tensor) -> Tensor:
+            split = len(rest) - len(names)
+            own = dict(zip(names, rest[split:], strict=True))
+            return self.one(z, (*shared, *rest[:split]), **own)
+
+        each = args if self.own else ()
+        return self.energy.batched(one, tensors["mode"], *each, *rows, *self.whole.values())
 
     def batches(self, seed: np.random.SeedSequence) -> Iterator[tuple[Any, ...]]:
-        """Endless: of every argument the rows of each member, (member, row, *), or those of all."""
-        count = self.axis if self.own and self.axis else 1
-        sources = [
-            self.data.batches(self.batch_size, generator(branch(seed, member)))
-            for member in range(count)
-        ]
-        if not self.own:
-            return sources[0]
-        return (_stacked(each) for each in zip(*sources, strict=True))
+        """Endless: of every argument the rows of each member, (member, row, *), or those of all.
 
+        After the arguments come the tensors of `rows` at the same rows, (member, row, *).
+        """
+        if self.own:
+            return self._own([generator(branch(seed, k)) for k in range(self.axis or 1)])
+        rows = (each if self.axis else each[0] for each in self.rows.values())
+        data = replace(self.data, tensors=(*self.data.tensors, *rows))
+        return data.batches(self.batch_size, generator(branch(seed, 0)))
 
-def _stacked(batches: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(argument) for argument in zip(*batches, strict=True))
+    def _own(self, generators: list[torch.Generator]) -> Iterator[tuple[Any, ...]]:
+        """Each pass over the rows is a new random order for every member."""
+        rows, size = self.data.rows, self.batch_size or self.data.rows
+        while True:
+            orders = torch.stack([torch.randperm(rows, generator=each) for each in generators])
+            for start in range(0, rows - size + 1, size):
+                yield self._at(orders[:, start : start + size])
+
+    def _at(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Arguments and tensors of `rows` at rows of each member, (member, row)."""
+        count = len(rows)
+        given = (arg[rows] if arg.ndim else arg.expand(count) for arg in self.data.tensors)
+        member = torch.arange(count)[:, None]
+        return (*given, *(each[member, rows] for each in self.rows.values()))
