@@ -1,9 +1,10 @@
 """Files: a posterior as one safetensors file of tensors and JSON. Reading executes nothing.
 
-Layout: tensors `draws/<site>`, `params/<name>`, `stats/<name>`, `history`, `data/<i>` (of a loader
-its first batch, `batch/<i>`); the header's metadata holds the manifest (settings, seed, versions)
-and a SHA-256 over manifest and tensors, so that a damaged file is an error and not another
-posterior. The SHA-256 tells damage, not forgery: every field is checked before it is used.
+Layout: tensors `draws/<site>`, `params/<name>`, `stats/<name>`, `history`, `snapshots/<site>`,
+`snapshot_steps`, `data/<i>` (of a loader its first batch, `batch/<i>`); the header's metadata holds
+the manifest (settings, seed, versions) and a SHA-256 over manifest and tensors, so that a damaged
+file is an error and not another posterior. The SHA-256 tells damage, not forgery: every field is
+checked before it is used.
 """
 
 import dataclasses
@@ -47,8 +48,10 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     tensors = {f"draws/{k}": v[:, once] for k, v in posterior.draws.items()}
     tensors |= {f"params/{k}": v for k, v in posterior.params.items()}
     tensors |= {f"stats/{k}": v for k, v in posterior.stats.items()}
-    if posterior.history is not None:
-        tensors["history"] = posterior.history
+    tensors |= {f"snapshots/{k}": v for k, v in posterior.snapshots.items()}
+    for name in ("history", "snapshot_steps"):
+        if (tensor := getattr(posterior, name)) is not None:
+            tensors[name] = tensor
     if posterior.data.loader is None:
         tensors |= {f"data/{i}": v for i, v in enumerate(posterior.data.tensors)}
     else:  # one batch: enough to find the model's sites again
@@ -75,15 +78,19 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
         ) from error
 
 
-def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
+def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterior":
     """Reads a posterior that `Posterior.save` wrote. Nothing in the file is executed.
 
     Args:
         path: the file.
         model: the model that was fitted; its sites must be those in the file.
+        **code: settings of the method that are code, as they were: a guide, a schedule, a prior
+            function. What is not passed has its default, with a warning.
 
     Raises:
-        CheckpointError: not such a file, damaged, of a newer schema, or of another model.
+        CheckpointError: not such a file, damaged, of a newer schema, or of another model; or it
+            predicts with a setting that is code and was not passed.
+        TypeError: `code` names what is not a setting that the file lacks.
     """
     from bnn.posterior import Posterior
 
@@ -104,7 +111,8 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
             "Pass the model that was fitted."
         ) from error
     _check_draws(draws, group("stats"), tensors.get("history"), path)
-    method = _method(manifest["method"], path)
+    _check_snapshots(draws, group("snapshots"), tensors.get("snapshot_steps"), path)
+    method = _method(manifest["method"], code, path)
     try:
         latent = contract.latent_sites(method.program(model, params), data, sites)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -124,6 +132,8 @@ def load(path: "str | os.PathLike[str]", model: Model) -> "Posterior":
         history=tensors.get("history"),
         elbo=manifest["elbo"],
         log_evidence=manifest["log_evidence"],
+        snapshots=group("snapshots"),
+        snapshot_steps=tensors.get("snapshot_steps"),
         seed=manifest["seed"],
         seconds=manifest["seconds"],
     )
@@ -165,6 +175,21 @@ def _check_draws(
         raise CheckpointError(
             f"{path} contradicts itself: its draws have (chain, draw) {sorted(shapes)}."
         )
+
+
+def _check_snapshots(
+    draws: dict[str, Tensor], snapshots: dict[str, Tensor], steps: Tensor | None, path: Path
+) -> None:
+    count = 0 if steps is None else steps.numel()
+    right = (
+        (steps is None or (steps.ndim == 1 and not steps.is_floating_point()))
+        and bool(snapshots) == bool(count)
+        and all(
+            k in draws and tuple(v.shape) == (count, *draws[k].shape) for k, v in snapshots.items()
+        )
+    )
+    if not right:
+        raise CheckpointError(f"{path} contradicts itself: its snapshots are not of its draws.")
 
 
 def _check_same_model(
@@ -271,27 +296,37 @@ def _plain(value: Any) -> Any:
     return {"code": f"{module}.{name}" if name else repr(value)}
 
 
-def _method(stored: dict[str, Any], path: Path) -> Method:
+def _method(stored: dict[str, Any], code: dict[str, Any], path: Path) -> Method:
     kind = METHODS.get(stored["name"])
     if kind is None:
         raise CheckpointError(
             f"{path} was written by the method {stored['name']!r}, unknown here. "
             f"Known are {', '.join(sorted(METHODS))}; import the module that defines it."
         )
-    settings, lost = {}, []
-    known = {f.name for f in dataclasses.fields(kind)}
+    settings, lost, given = {}, {}, dict(code)
+    known = {f.name: f for f in dataclasses.fields(kind)}
     for name, value in stored["settings"].items():
         if name not in known:
             raise CheckpointError(f"{path} has a setting {name!r}, which {kind.__name__} has not.")
         if isinstance(value, dict) and isinstance(value.get("named"), dict):
             value = value["named"]
         elif isinstance(value, dict):
-            guide = _autoguide(value.get("code"))
+            guide = given.pop(name, None) or _autoguide(value.get("code"))
             if guide is None:
-                lost.append(f"{name} ({value.get('code')})")
+                lost[name] = value.get("code")
                 continue
             value = guide
         settings[name] = tuple(value) if isinstance(value, list) else value
+    if given:
+        raise TypeError(
+            f"load got {', '.join(given)}, and the settings of {kind.__name__} that are code in "
+            f"{path} are {', '.join(lost) or 'none'} besides those passed."
+        )
+    if needed := [name for name in lost if known[name].metadata.get("predicts")]:
+        raise CheckpointError(
+            f"{path} predicts with {needed[0]} ({lost[needed[0]]}), which is code and not stored. "
+            f"Pass it again: bnn.load(path, model, {needed[0]}=...)."
+        )
     try:
         method = kind(**settings)
     except (TypeError, ValueError, OverflowError) as error:
@@ -299,7 +334,8 @@ def _method(stored: dict[str, Any], path: Path) -> Method:
     if lost:
         warnings.warn(
             f"Settings that are code are not stored, and have their defaults here: "
-            f"{', '.join(lost)}. The draws do not depend on it.",
+            f"{', '.join(f'{name} ({value})' for name, value in lost.items())}. The draws do not "
+            "depend on it.",
             UserWarning,
             stacklevel=3,
         )

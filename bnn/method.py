@@ -25,7 +25,8 @@ class Method(ABC):
     """Settings of one way to approximate p(weights | data): frozen, equal by value.
 
     A method is written in one file: a subclass with its settings as fields, `fit`, and, where the
-    program that predicts is not the user's model itself, `program`.
+    program that predicts is not the user's model itself, `program`. A setting that `program` needs
+    and that may be code, which no file holds, has the field metadata {"predicts": True}.
     """
 
     def __init_subclass__(cls, **kwargs: Any):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,9 @@ class Posterior:
             variational inference, the log joint for a mode.
         elbo: evidence lower bound of the fit, nats, where the method has one.
         log_evidence: log marginal likelihood, nats, where the method estimates it.
+        snapshots: copies of draws while they were trained, (copy, chain, draw, *site), for the
+            methods that were asked for some; see `frames`.
+        snapshot_steps: steps taken before each copy, (copy,).
         seed: the seed of the fit.
         seconds: how long the fit took.
     """
@@ -69,6 +72,8 @@ class Posterior:
     history: Tensor | None = None
     elbo: float | None = None
     log_evidence: float | None = None
+    snapshots: Tensors = field(default_factory=dict)
+    snapshot_steps: Tensor | None = None
     seed: int = 0
     seconds: float = math.nan
 
@@ -82,6 +87,25 @@ class Posterior:
     def program(self) -> Model:
         """The callable that predicts: the model, or what the method made of it."""
         return self.method.program(self.model, self.params)
+
+    @property
+    def frames(self) -> "list[Posterior]":
+        """The posterior while it was trained, one for each snapshot: a picture that moves.
+
+        Each is a posterior like any other, whose history ends where it was taken; its last is this
+        one. Empty for a method that was not asked for snapshots.
+        """
+        steps = [] if self.snapshot_steps is None else self.snapshot_steps.tolist()
+        return [
+            replace(
+                self,
+                draws=self.draws | {k: v[i] for k, v in self.snapshots.items()},
+                history=None if self.history is None else self.history[:step],
+                snapshots={},
+                snapshot_steps=None,
+            )
+            for i, step in enumerate(steps)
+        ]
 
     def predict(self, *inputs: Any, draws: int | None = None, seed: int = 0) -> Prediction:
         """Runs the program at each draw on new rows.

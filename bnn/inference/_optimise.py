@@ -75,6 +75,7 @@ def maximise(
     settle: int = 0,
     epoch: int | None = 1,
     seed: np.random.SeedSequence | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Adam on the objective, its tensors changed in place.
 
@@ -99,6 +100,8 @@ def maximise(
             choice of rows; None where there is no such pass, and the budget alone ends the stages.
         seed: of the check of a compiled step; None where the objective is more than a function of
             its arguments, which is then never compiled.
+        watch: called before the first step and after each, with the number of steps taken; reads
+            the tensors.
 
     Returns:
         Of each member the objective at each step, (step,).
@@ -123,7 +126,7 @@ def maximise(
                 early = climbs[0].plateau is not None and climbs[0].plateau.judges
                 announce = lambda: shown.set_postfix_str("compiling the step, some seconds")
                 step.hasten(settings.steps * (_SHARE if early else 1.0), first, seed, announce)
-            _ascend(step, climbs, batches, settings, what, label, shown, settle)
+            _ascend(step, climbs, batches, settings, what, label, shown, settle, watch)
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(trained[name])
@@ -148,8 +151,11 @@ def _ascend(
     label: str,
     shown: Any,
     settle: int,
+    watch: Callable[[int], None] | None,
 ) -> None:
     """The loop itself."""
+    if watch is not None:
+        watch(0)
     for number in range(settings.steps):
         rates = [settings.learning_rate * climb.factor(number) for climb in climbs]
         weight = min(1.0, (number + 1) / (settle + 1))
@@ -169,6 +175,8 @@ def _ascend(
             if not bad:
                 climb.take(value)
                 shown.update()
+        if watch is not None:
+            watch(number + 1)
         if number % 20 == 0 and not shown.disable:
             recent = [sum(h[-20:]) / max(len(h[-20:]), 1) for h in (c.history for c in climbs)]
             text = f"{label} {max(recent):.5g}, learning rate {max(rates):.1g}"

@@ -271,6 +271,10 @@ def test_a_manifest_of_another_form_is_refused(text, tmp_path, fitted):
         {"stats/lp": torch.zeros(1, 7)},
         {"stats/lp": torch.zeros(1, 20, 3)},
         {"history": torch.tensor(1.0)},
+        {"snapshots/net.weight": torch.zeros(3, 1, 20, 2)},
+        {"snapshots/net.weight": torch.zeros(3, 1, 20, 2), "snapshot_steps": torch.arange(2)},
+        {"snapshots/other": torch.zeros(3, 1, 20, 2), "snapshot_steps": torch.arange(3)},
+        {"snapshot_steps": torch.arange(3)},
         {"data/1": None},
         {"data/2": torch.zeros(12)},
         {"data/0": torch.zeros(11, 2)},
@@ -295,6 +299,9 @@ def test_settings_that_are_code_get_their_defaults_with_a_warning(setting, tmp_p
         after = bnn.load(tmp_path / "fit", model)
     assert after.method == TINY
     assert torch.equal(after.predict(X).y, before.predict(X).y)
+    assert bnn.load(tmp_path / "fit", model, **setting).method == before.method
+    with pytest.raises(TypeError, match="load got draws"):
+        bnn.load(tmp_path / "fit", model, draws=len)
 
 
 def test_an_autoguide_comes_back_and_no_other_name_is_looked_up(tmp_path, fitted):
