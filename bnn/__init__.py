@@ -14,7 +14,17 @@ from bnn.errors import (
     PerformanceWarning,
 )
 from bnn.fitting import fit
-from bnn.inference import MAP, MCLMC, NUTS, SVI, ConcreteDropout, Laplace, MCDropout
+from bnn.inference import (
+    MAP,
+    MCLMC,
+    NUTS,
+    SVI,
+    ConcreteDropout,
+    DeepEnsemble,
+    Laplace,
+    MCDropout,
+    RandomizedPriors,
+)
 from bnn.method import Method
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
@@ -31,6 +41,7 @@ __all__ = [
     "ConvergenceWarning",
     "DataError",
     "DataWarning",
+    "DeepEnsemble",
     "FitError",
     "Laplace",
     "MCDropout",
@@ -39,6 +50,7 @@ __all__ = [
     "PerformanceWarning",
     "Posterior",
     "Prediction",
+    "RandomizedPriors",
     "calibration",
     "compare",
     "conformal",

@@ -71,6 +71,29 @@ class Regression:
         return self.log_evidence - float(kl)
 
 
+@dataclass(frozen=True)
+class Waves:
+    """y = sin(x/2) + N(0, sd(x)^2), sd = (7 - |x|)/16: 300 rows between -7 and 7, noise known."""
+
+    x: np.ndarray  # (row, 1)
+    y: np.ndarray  # (row,)
+
+    @classmethod
+    def make(cls, x: np.ndarray, seed: int = 0) -> "Waves":
+        noise = np.random.default_rng(seed).standard_normal(len(x))
+        return cls(x[:, None], np.sin(x / 2) + cls.sd(x) * noise)
+
+    @staticmethod
+    def sd(x: np.ndarray) -> np.ndarray:
+        return np.abs(7 - np.abs(x)) / 16
+
+    def log_score(self) -> float:
+        """Mean log density of a row under the law that made it."""
+        x = self.x[:, 0]
+        z = (self.y - np.sin(x / 2)) / self.sd(x)
+        return float(np.mean(-(z**2) / 2 - np.log(self.sd(x)) - math.log(2 * math.pi) / 2))
+
+
 def z_scores(draws: Tensor, exact: Tensor | float) -> np.ndarray:
     """(mean - exact) in Monte Carlo standard errors, by ArviZ's ESS; draws (chain, draw, *)."""
     values = np.asarray(draws.double())
@@ -202,6 +225,44 @@ def check_expected_prior() -> None:
     got = _Expected(loc, scale**2)(dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     expected = -math.log(2 * math.pi) - 0.5 * float((loc**2 + scale**2).sum())
     assert math.isclose(float(got), expected, rel_tol=1e-6)
+
+
+def check_regression_by_randomized_priors(noise: float | None = 1.0, **settings) -> None:
+    """With noisy targets members are draws of the posterior; with clean ones S P0 S is too narrow.
+
+    Each member is the optimum of a quadratic with its own targets and its own prior function. With
+    clean targets that is S (X'y + w~) for the sum of its weights, to the precision of Adam.
+    """
+    exact, members = Regression.make(), 400
+    method = bnn.RandomizedPriors(**{"members": members, "noise": noise} | settings)
+    draws = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1).draws
+    w = draws["w"][0] + draws["prior.w"][0]
+    ratio = 1.0 if noise else 0.28686
+    share = w.std(0) / (ratio * exact.sd)
+    assert ((share - 1).abs() < 3 / math.sqrt(2 * (members - 1))).all(), share
+    error = (w.mean(0) - exact.mean) / (ratio * exact.sd / math.sqrt(members))
+    assert (error.abs() < 3.5).all(), error
+    if noise is None:
+        each = (exact.x.T @ exact.y + draws["prior.w"][0]) @ exact.cov
+        assert ((w - each).abs() < 0.02 * exact.sd).all()
+
+
+def check_bootstrap_by_deep_ensemble(kind: str = "exponential", **settings) -> None:
+    """Each member is the mode under its own weights w: (1 + X' diag(w) X)^-1 X' diag(w) y."""
+    from bnn.fitting import seed_sequence
+    from bnn.handlers import branch
+    from bnn.inference._ensemble import bootstrap
+
+    exact, members = Regression.make(), 20
+    method = bnn.DeepEnsemble(**{"members": members, "bootstrap": kind} | settings)
+    draws = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1).draws["w"][0]
+    weights = bootstrap(kind, members, 50, branch(seed_sequence(1), 5))["weights"]
+    weighed = weights[:, :, None] * exact.x  # (member, row, column)
+    precision = torch.eye(2) + weighed.transpose(1, 2) @ exact.x
+    mode = torch.linalg.solve(precision, torch.einsum("mrc,r->mc", weighed, exact.y))
+    assert mode.std(0).min() > 0.5 * exact.sd.min()  # members differ as much as bootstraps do
+    gap = 0.15 if "batch_size" in settings else 0.02
+    assert ((draws - mode).abs() < gap * exact.sd).all(), (draws - mode) / exact.sd
 
 
 def check_chains_differ() -> None:

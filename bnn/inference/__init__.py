@@ -1,11 +1,23 @@
 """Ways to approximate a posterior: one method, one file."""
 
 from bnn.inference.concrete_dropout import ConcreteDropout
+from bnn.inference.deep_ensemble import DeepEnsemble
 from bnn.inference.laplace import Laplace
 from bnn.inference.map import MAP
 from bnn.inference.mc_dropout import MCDropout
 from bnn.inference.mclmc import MCLMC
 from bnn.inference.nuts import NUTS
+from bnn.inference.randomized_priors import RandomizedPriors
 from bnn.inference.svi import SVI
 
-__all__ = ["MAP", "MCLMC", "NUTS", "SVI", "ConcreteDropout", "Laplace", "MCDropout"]
+__all__ = [
+    "MAP",
+    "MCLMC",
+    "NUTS",
+    "SVI",
+    "ConcreteDropout",
+    "DeepEnsemble",
+    "Laplace",
+    "MCDropout",
+    "RandomizedPriors",
+]

@@ -14,6 +14,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": torch.erf,
     "gelu": nn.functional.gelu,
     "relu": torch.relu,
+    "selu": nn.functional.selu,
     "sigmoid": torch.sigmoid,
     "silu": nn.functional.silu,
     "softplus": nn.functional.softplus,
@@ -31,8 +32,8 @@ class MLP(nn.Module):
         inputs: columns of x.
         hidden: units of each hidden layer; () is a linear map.
         outputs: columns of the output.
-        activation: one of "elu", "erf", "gelu", "relu", "sigmoid", "silu", "softplus", "tanh", or
-            a callable.
+        activation: one of "elu", "erf", "gelu", "relu", "selu", "sigmoid", "silu", "softplus",
+            "tanh", or a callable.
 
     Raises:
         ValueError: a width that is not a positive whole number, an unknown activation.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import bnn
 from benchmarks import common, ensembles, gradient, predict, samplers, start, svi
@@ -109,3 +110,22 @@ def test_the_time_of_a_step_leaves_set_up_out():
         time.sleep(0.05 + 0.0005 * steps)
 
     assert common.per_step(fit, 0.1)() == pytest.approx(0.0005, rel=0.5)
+
+
+@pytest.mark.slow
+def test_randomized_priors_keep_members_apart_where_no_data_are():
+    """Perone's four ensembles, at full size; each is one word away from the one before."""
+    model, (x, y) = ensembles.demo_model(), ensembles.demo_data()
+    methods = ensembles.demo_methods(snapshots=10)
+    spread, gaps = {}, {}
+    for name, method in methods.items():
+        posterior = bnn.fit(model, x, y, method=method, progress=False)
+        f = posterior.predict(np.linspace(-1, 2, 61)[:, None]).f[0]
+        near = posterior.predict(x)
+        assert float((near.mean - torch.tensor(y)).square().mean().sqrt()) < 0.13  # its noise: .1
+        spread[name] = float(near.epistemic.sqrt().mean())
+        gaps[name] = float(f[:, [0, 10, 60]].std(0).mean())
+        assert len(posterior.frames) == 10
+        assert posterior.frames[0].predict(x).f.shape == (1, 40, 100)
+    assert all(gaps[name] > 10 * spread[name] for name in methods)
+    assert spread["prior, bootstrap"] > spread["prior"]

@@ -19,6 +19,8 @@ from bnn.inference import (
 from tests import exact
 from tests.exact import Regression
 
+SHORT = {"steps": 1_000, "learning_rate": 0.05, "schedule": "cosine"}
+
 
 def _fails(check, **settings):
     with pytest.raises(AssertionError):
@@ -44,13 +46,14 @@ def test_likelihood_counted_twice(check, monkeypatch):
     [
         (exact.check_regression_by_mean_field, {"batch_size": 10}),
         (exact.check_regression_by_mc_dropout, {"batch_size": 25, "length_scale": 4.0}),
+        (exact.check_bootstrap_by_deep_ensemble, {"batch_size": 10, **SHORT}),
     ],
 )
 def test_minibatch_scale_missing(check, settings, monkeypatch):
     plain = handlers.Score.__init__
 
     def unscaled(self, plate=None, rows=None, elsewhere=None, weights=None):
-        plain(self, None, None, elsewhere)
+        plain(self, plate, None, elsewhere, weights)
 
     monkeypatch.setattr(handlers.Score, "__init__", unscaled)
     _fails(check, **settings)
@@ -220,3 +223,58 @@ def test_drawn_masks_not_divided_by_their_mean(monkeypatch):
 def test_entropy_of_the_masks_dropped(monkeypatch):
     monkeypatch.setattr(concrete_dropout, "softplus", lambda logit: logit.sigmoid() * logit)
     _fails(exact.check_rate_by_concrete_dropout)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
+@pytest.mark.parametrize(
+    "fault", ["not_centred", "not_random", "not_added", "shared", "prior_twice"]
+)
+def test_randomized_priors(fault, monkeypatch):
+    """On clean targets: noisy ones hide it, as the prior holds 1/51 of the precision."""
+    from bnn.inference import randomized_priors
+
+    method, energy = randomized_priors.RandomizedPriors, _energy.Energy
+    if fault == "not_centred":
+        plain = randomized_priors.prior_function
+        off = lambda model, args: plain(model, args) + args[0][:, 0]
+        monkeypatch.setattr(randomized_priors, "prior_function", off)
+    elif fault == "not_random":
+        monkeypatch.setattr(energy, "prior_draws", lambda self, count, seed: torch.zeros(count, 2))
+    elif fault == "not_added":
+        monkeypatch.setattr(method, "_added", lambda self, p: handlers.Rewrite({}))
+    elif fault == "shared":
+        plain = energy.prior_draws
+        one = lambda self, count, seed: plain(self, 1, seed).expand(count, -1)
+        monkeypatch.setattr(energy, "prior_draws", one)
+    else:
+        plain = energy.terms
+
+        def twice(self, *args, **kwargs):
+            likelihood, prior = plain(self, *args, **kwargs)
+            return likelihood, 2 * prior
+
+        monkeypatch.setattr(energy, "terms", twice)
+    _fails(exact.check_regression_by_randomized_priors, noise=None, **SHORT)
+
+
+def test_targets_without_noise(monkeypatch):
+    from bnn.inference import randomized_priors
+
+    plain = randomized_priors._noisy
+    monkeypatch.setattr(
+        randomized_priors, "_noisy", lambda e, sd, *rest: plain(e, 1e-6 * sd, *rest)
+    )
+    _fails(exact.check_regression_by_randomized_priors, **SHORT)
+
+
+def test_weights_of_other_rows(monkeypatch):
+    """The bootstrap goes with the rows of each minibatch, not with their place in it."""
+    from bnn.inference import _members
+
+    plain = _members.Members._at
+
+    def astray(self, rows):
+        return (*plain(self, rows)[:-1], self.rows["weights"][:, : rows.shape[1]])
+
+    monkeypatch.setattr(_members.Members, "_at", astray)
+    _fails(exact.check_bootstrap_by_deep_ensemble, batch_size=10, **SHORT)
