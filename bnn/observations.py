@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributions as td
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -92,6 +93,21 @@ def innermost(fn: Any) -> Any:
             return fn
         fn = fn.base_dist
     return fn
+
+
+def own_mask(fn: Any) -> Tensor | None:
+    """What the `.mask` of a distribution lets count, (*cell) as `fn.shape()`; None without one."""
+    total: Tensor | None = None
+    shape = fn.shape()
+    while isinstance(fn, td.Independent) or hasattr(fn, "base_dist"):
+        if isinstance(fn, td.TransformedDistribution):
+            break
+        if isinstance(fn, MaskedDistribution):
+            mask: Tensor = torch.as_tensor(fn._mask)
+            mask = mask.reshape(*mask.shape, *[1] * fn.event_dim).expand(shape)
+            total = mask if total is None else total & mask
+        fn = fn.base_dist
+    return total
 
 
 def is_categorical(fn: Any) -> bool:

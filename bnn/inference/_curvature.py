@@ -21,6 +21,7 @@ from bnn.inference._fisher import information
 from bnn.inference._joint import Joint
 from bnn.inference._layers import LinearMap, Rewired
 from bnn.inference._precision import Dense, Diagonal, Kronecker, NotPositive, Precision
+from bnn.observations import own_mask
 
 _NUMBERS = 4_000_000  # of a Jacobian, or of what several backward passes hold, in memory at once
 _BLOCK = 1_000  # entries that no linear map explains and still share a dense block, under "kron"
@@ -173,6 +174,8 @@ def _root(joint: Joint, s: Tensor, batch: tuple[Any, ...]) -> Tensor:
     if message["mask"] is not None:
         weight = weight * message["mask"]
     weight = weight.reshape((*weight.shape, *[1] * event)).expand(message["fn"].shape())
+    own = own_mask(message["fn"])
+    weight = weight if own is None else weight * own
     root = found.root * weight.to(found.root).sqrt()[..., None, None]
     return _by_row(root, joint, 2).detach()
 

@@ -206,6 +206,27 @@ def test_ggn_is_the_hessian_where_theta_is_linear_and_natural():
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("where", ["before to_event", "after to_event", "around"])
+def test_what_a_mask_hides_and_a_scale_weighs(where):
+    mask = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 0], [0, 1]]).bool()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 2]).to_event(2))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=2.5):
+            fn = dist.Normal(x @ w, 0.5)
+            if where == "before to_event":
+                pyro.sample("y", fn.mask(mask).to_event(1), obs=y)
+            elif where == "after to_event":
+                pyro.sample("y", fn.to_event(1).mask(mask[:, 0]), obs=y)
+            else:
+                with pyro.poutine.mask(mask=mask[:, 0]):
+                    pyro.sample("y", fn.to_event(1), obs=y)
+
+    x, y = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    joint = joint_of(model, x, y)
+    torch.testing.assert_close(dense(joint), dense(joint, hessian="exact"), rtol=1e-4, atol=1e-6)
+
+
 def test_exact_is_the_hessian_of_a_net():
     x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     model = mlp_regression(2, (3,))
