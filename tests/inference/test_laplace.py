@@ -17,6 +17,7 @@ from bnn.handlers import quiet_pyro
 from bnn.inference._curvature import curvature
 from bnn.inference._energy import Energy
 from bnn.inference._joint import Joint
+from bnn.inference._linearize import require_f
 from bnn.inference._mode import polish
 from bnn.models import likelihoods, mlp_regression, sample_weights, supervised
 from tests import exact
@@ -383,6 +384,21 @@ def test_linearized_predictions_keep_what_stands_behind_f():
     posterior = fit(model, x, x[:, 0] ** 2, steps=1_000, predictive="linearized", draws=200)
     noise = posterior.draws["sigma"].square().mean()
     torch.testing.assert_close(posterior.predict(x).aleatoric, noise.expand(30))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_f_may_be_logits_that_a_constant_does_not_change(classes):
+    def model(x, y=None):
+        f0 = pyro.sample("w", dist.Normal(0.0, 1.0).expand([classes]).to_event(1)).round()
+        with pyro.plate("data", len(x)):  # whole numbers: f + 1/8 differs by no rounding either
+            f = pyro.deterministic("f", x[:, None] * f0, event_dim=1)
+            pyro.sample("y", dist.Categorical(logits=f), obs=y)
+
+    read, found = contract.check(
+        model, Data((torch.ones(4), torch.arange(4) % classes), ("x", "y"), rows=4)
+    )
+    with quiet_pyro():
+        require_f(model, read, found)
 
 
 def test_linearized_needs_an_f(regression):
