@@ -337,10 +337,14 @@ def _factors(joint: Joint, s: Tensor) -> dict[str, _Factors]:
                 continue
             kept.append((found, probe))
             at = factors.setdefault(found.site, _Factors(entries))
-            if not torch.equal(at.entries, entries):
+            others = [f.entries for site, f in factors.items() if site != found.site]
+            if not torch.equal(at.entries, entries) or any(
+                torch.isin(entries, other).any() for other in others
+            ):
                 raise ModelError(
-                    f'structure="kron" takes a weight with its bias, and "{found.site}" is used '
-                    'with several. Use structure="full" or "diag".'
+                    f'structure="kron" has one block for a weight with its bias, and "{found.site}"'
+                    " is used in two ways (transposed, or with another bias), or its bias with "
+                    'another weight too. Use structure="full" or "diag".'
                 )
             a = _inputs(found, entries.shape[1]).double()
             at.inputs += a.T @ a

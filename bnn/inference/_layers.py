@@ -136,7 +136,7 @@ class Rewired(TorchFunctionMode):
         groups = options.get("groups", 1)
         if places and "groups" not in options:
             groups = rest[3] if len(rest) > 3 else 1  # after stride, padding and one more
-        axis = 0 if func in _TRANSPOSED else 1
+        axis = 0 if func in _TRANSPOSED or weight.ndim == 1 else 1
         inputs = x.shape[-1 - places]
         apply = lambda x, weight: func(x, weight, None, *rest, **options)
         bias = self._values.name(offset)

@@ -319,6 +319,50 @@ def test_kronecker_factors_are_the_sums_over_rows_and_places():
     )
 
 
+def test_kronecker_knows_every_way_to_write_a_linear_map():
+    x, y = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), torch.arange(9.0)
+    plain = torch.nn.functional.linear
+    ways = {
+        "matmul": ([2], lambda x, w: x @ w),
+        "mv": ([2], torch.mv),
+        "linear, one vector": ([2], plain),
+        "linear, one unit": ([1, 2], lambda x, w: plain(x, w)[:, 0]),
+        "one column": ([2, 1], lambda x, w: (x @ w)[:, 0]),
+    }
+    for shape, way in ways.values():
+
+        def model(x, y=None, shape=shape, way=way):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape)))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(way(x, w), 0.5), obs=y)
+
+        joint = joint_of(model, x, y)
+        torch.testing.assert_close(dense(joint, "kron"), dense(joint), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("tied", ["bias", "two biases", "transposed"])
+def test_kronecker_refuses_a_site_in_two_blocks(tied):
+    def model(x, y=None):
+        square = dist.Normal(0.0, 1.0).expand([2, 2]).to_event(2)
+        line = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+        w, v = pyro.sample("w", square), pyro.sample("v", square)
+        a, b = pyro.sample("a", line), pyro.sample("b", line)
+        plain = torch.nn.functional.linear
+        with pyro.plate("data", len(x)):
+            if tied == "bias":
+                f = plain(plain(x, w, b).tanh(), v, b)
+            elif tied == "two biases":
+                f = plain(plain(x, w, a).tanh(), w, b)
+            else:
+                f = plain(x @ w, w)
+            pyro.sample("y", dist.Normal(f.sum(1), 0.5), obs=y)
+
+    x = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    joint = joint_of(model, x, x[:, 0], z=torch.linspace(-1, 1, 12))
+    with pytest.raises(bnn.ModelError, match=r'is used in two ways .* structure="full"'):
+        dense(joint, "kron")
+
+
 def two_layers(x, y=None):
     w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))
     v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
