@@ -83,7 +83,7 @@ def _exact(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
 
 def prior_curvature(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
     """Minus the Hessian of the log prior: its diagonal where it has no more, or where asked for."""
-    batch = joint.few
+    batch = joint.first
     slope = grad(lambda s: joint.prior(s, batch))
     pull = _transposed(slope, s)
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +188,7 @@ def check_held(joint: Joint, s: Tensor) -> None:
     """
     with torch.enable_grad():
         s = s.detach().requires_grad_()
-        message = _statement(joint, s, joint.few)
+        message = _statement(joint, s, joint.first)
         for name, value in information(message["fn"], message["name"]).held.items():
             if not value.requires_grad:
                 continue

@@ -81,7 +81,7 @@ class Priors(Messenger):
 def normal_priors(joint: Joint, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Of every free site with a Normal prior its location and scale at z."""
     with torch.no_grad(), Priors() as seen, At(joint.energy.values(z)):
-        joint.energy.model(*joint.few)
+        joint.energy.model(*joint.first)
     return {slot.name: seen.met[slot.name] for slot in joint.slots if slot.name in seen.met}
 
 
@@ -230,7 +230,7 @@ def _noise(joint: Joint, sites: Sites) -> tuple[str, ...]:
     z = joint.base.clone().requires_grad_()
     score = Score(sites.plate, joint.data.rows)
     with torch.enable_grad(), Capture("") as seen, score, At(joint.energy.values(z)):
-        joint.energy.model(*joint.few)
+        joint.energy.model(*joint.first)
     if "f" not in seen.values:
         return ()
     moves = []

@@ -45,9 +45,9 @@ class Joint:
         return self.base[self.index]
 
     @property
-    def few(self) -> tuple[Any, ...]:
-        """Arguments on a few rows, for what does not depend on them."""
-        return self.energy.few
+    def first(self) -> tuple[Any, ...]:
+        """The first batch of a pass: what a prior that reads its inputs is given."""
+        return self.data.tensors if self.data.loader is not None else next(iter(self.batches()))
 
     def held(self, s: Tensor, free: Sequence[str]) -> "Joint":
         """The same around s, of fewer sites."""

@@ -100,6 +100,20 @@ def test_a_batch_size_does_not_change_the_curvature(regression):
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-8)
 
 
+def test_a_prior_may_read_all_rows():
+    """Its scale is the inverse sd of 300 inputs, of which the first hundred are small."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1 / x.std()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, 100.0), obs=y)
+
+    x = torch.cat([torch.full((150,), 0.1), torch.full((150,), 10.0)])
+    truth = x.var() + x.square().sum() / 100**2
+    for structure in ("full", "diag"):
+        assert math.isclose(dense(joint_of(model, x, x), structure), 1 / truth, rel_tol=1e-5)
+
+
 @pytest.mark.parametrize("hessian", ["ggn", "exact"])
 def test_a_positive_site_is_gaussian_in_its_logarithm(hessian):
     exact.check_positive_site_by_laplace(hessian=hessian)
