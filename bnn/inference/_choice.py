@@ -27,9 +27,14 @@ def chosen(energy: Energy, z: Tensor, structure: str, names: Sequence[str] | Non
         names: sites, or None for all.
 
     Raises:
-        ModelError: no such site, or no linear map.
+        ModelError: no site at all, none of that name, or no linear map.
     """
     known = [slot.name for slot in energy.slots]
+    if not known:
+        raise ModelError(
+            "Laplace fits a Gaussian to latent sites, and the model states none. Give its tensors "
+            "priors (bnn.models.sample_weights, PyroSample), or use bnn.MAP()."
+        )
     if structure == "last_layer":
         maps = _maps(energy, z)
         if not maps:

@@ -79,7 +79,7 @@ def polish(joint: Joint, shape: Shape, *, proof: bool = True) -> Mode:
         slope = joint.gradient(s)[1]
         left = _left(precision, slope)
         if failure is None and (left.max() < _CLOSE or number == rounds):
-            if proof and left.max() > _DOUBTFUL:
+            if proof and not left.max() <= _DOUBTFUL:  # nor is NaN
                 _tell(joint, slope, left)
             return Mode(joint, s, precision)
         if failure is not None and number == rounds:
@@ -167,6 +167,6 @@ def _tell(joint: Joint, slope: Tensor, left: Tensor) -> None:
         "Raise steps, pass a larger batch_size, or replace what has kinks (ReLU by tanh or "
         "softplus): at a kink no gradient vanishes."
     )
-    if left.max() > _WRONG:
+    if not left.max() <= _WRONG:
         raise FitError(f"Laplace is not at a mode: {found}. {cure}", site=site)
     warnings.warn(f"Laplace is only near a mode: {found}. {cure}", ConvergenceWarning, stacklevel=5)

@@ -19,6 +19,7 @@ from bnn.inference._energy import Energy
 from bnn.inference._joint import Joint
 from bnn.inference._linearize import require_f
 from bnn.inference._mode import polish
+from bnn.inference._precision import Diagonal, Precision
 from bnn.models import likelihoods, mlp_regression, sample_weights, supervised
 from tests import exact
 
@@ -638,6 +639,30 @@ def test_a_big_hessian_is_refused_with_numbers_before_any_work():
         fit(model, x, y)
     with pytest.raises(bnn.ModelError, match='"diag"'):
         fit(model, x, y, structure="kron", memory=0.0015)
+
+
+def test_a_gradient_that_is_no_number_is_no_mode():
+    """The slope of sqrt at 0, where the curvature that is given is finite."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(w * x, (w**2).sqrt() + 1.0), obs=y)
+
+    one = torch.ones(1, dtype=torch.float64)
+    joint = joint_of(model, torch.ones(3), torch.zeros(3))
+    with quiet_pyro(), pytest.raises(bnn.FitError, match=r"not at a mode: the gradient .nan."):
+        polish(joint, lambda joint, s: Precision([(torch.arange(1), Diagonal(one))]))
+
+
+def test_a_model_without_latent_sites_is_refused(regression):
+    def model(x, y=None):
+        w = pyro.param("w", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    with pytest.raises(bnn.ModelError, match="states none"):
+        fit(model, regression.x, regression.y)
 
 
 def test_other_refusals(regression):
