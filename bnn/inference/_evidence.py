@@ -28,7 +28,7 @@ from bnn.inference._joint import Joint, slope_of
 from bnn.inference._mode import Mode, Shape, polish, upwards
 from bnn.inference._precision import NotPositive
 from bnn.method import Model, Tensors
-from bnn.observations import innermost
+from bnn.observations import innermost, own_mask
 from bnn.sites import Sites
 
 _ROUNDS = 60
@@ -38,23 +38,30 @@ _WIDEST = 100.0  # times as wide, or as narrow, as the model states: beyond, not
 _LONGEST = 1.0  # change of a logarithm in one round
 
 
-class Scaled(Messenger):
-    """Multiplies the scale of the Normal priors that are named."""
+def normal_of(fn: Any) -> tuple[Tensor, Tensor] | None:
+    """Location and scale of a Normal prior, (*site) each; None of any other, or of a masked one."""
+    base = innermost(fn)
+    if not isinstance(base, td.Normal) or own_mask(fn) is not None:
+        return None
+    return base.loc.expand(fn.shape()), base.scale.expand(fn.shape())
 
-    def __init__(self, factors: Mapping[str, float]):
+
+class Scaled(Messenger):
+    """Multiplies the scale of the Normal priors that are named; of other sites nothing."""
+
+    def __init__(self, factors: Mapping[str, Any]):
         super().__init__()
         self.factors = factors
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] in self.factors and is_statement(message):
-            fn = message["fn"]
-            base = innermost(fn)
-            scale = self.factors[message["name"]] * base.scale
-            wider: Any = dist.Normal(base.loc.expand(fn.shape()), scale)
-            message["fn"] = wider.to_event(fn.event_dim)
+            fn, normal = message["fn"], normal_of(message["fn"])
+            if normal is not None:
+                wider: Any = dist.Normal(normal[0], self.factors[message["name"]] * normal[1])
+                message["fn"] = wider.to_event(fn.event_dim)
 
 
-def scaled(model: Model, factors: Mapping[str, float]) -> Model:
+def scaled(model: Model, factors: Mapping[str, Any]) -> Model:
     """The model under those factors, as they are when it runs."""
 
     def run(*args: Any) -> Any:
@@ -72,10 +79,10 @@ class Priors(Messenger):
         self.met: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _pyro_post_sample(self, message: Any) -> None:
-        base = innermost(message["fn"])
-        if is_statement(message) and not message["is_observed"] and isinstance(base, td.Normal):
-            shape = message["fn"].shape()
-            self.met[message["name"]] = base.loc.expand(shape), base.scale.expand(shape)
+        if is_statement(message) and not message["is_observed"]:
+            normal = normal_of(message["fn"])
+            if normal is not None:
+                self.met[message["name"]] = normal
 
 
 def normal_priors(joint: Joint, z: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

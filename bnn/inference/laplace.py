@@ -39,6 +39,7 @@ from bnn.method import Model, Tensors, check_count, check_positive
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_continuous, require_minibatches
 
+TUNED = "tuned."  # of tuned values among a posterior's parameters
 _WORDS = {
     "structure": ("full", "kron", "diag", "last_layer"),
     "hessian": ("ggn", "exact"),
@@ -154,7 +155,7 @@ class Laplace(Optimised):
                     joint, values = tuned(joint, sites, self._precision, self.tune, factors)
                 modes.append(polish(joint, self._precision))
             evidence = max(mode.log_evidence(values.keys() - factors.keys()) for mode in modes)
-            params = constrained_parameters() | {f"tuned.{k}": v for k, v in values.items()}
+            params = constrained_parameters() | {TUNED + k: v for k, v in values.items()}
         if self.predictive == "linearized":
             z = modes[0].z
             params |= {PREFIX + k.name: z[k.span].reshape(k.free) for k in energy.slots}
@@ -171,11 +172,11 @@ class Laplace(Optimised):
         )
 
     def program(self, model: Model, params: Tensors) -> Model:
-        """The model, or the model with f linear in z."""
-        if self.predictive == "sampled":
-            return model
-        at = {k.removeprefix(PREFIX): v for k, v in params.items() if k.startswith(PREFIX)}
-        return linearized(model, at)
+        """The model under its tuned priors, which sites of new rows have; f linear in z or not."""
+        of = lambda head: {k[len(head) :]: v for k, v in params.items() if k.startswith(head)}
+        if self.predictive == "linearized":
+            return linearized(model, of(PREFIX))
+        return scaled(model, of(TUNED)) if self.tune else model
 
     def _precision(self, joint: Joint, s: Tensor) -> Precision:
         structure = "full" if self.structure == "last_layer" else self.structure

@@ -560,6 +560,24 @@ def test_each_site_is_tuned_apart_and_by_name(regression):
     )
 
 
+def test_new_rows_have_their_sites_from_the_tuned_prior():
+    """y = w + u_i + noise, u_i ~ N(0, c^2): a new row scatters as the rows do."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(w + u, 0.5), obs=y)
+
+    x, y = torch.ones(100), 5 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    posterior = fit(model, x, y, tune=("u",), draws=4_000)
+    factor = float(posterior.params["tuned.u"])
+    assert abs(factor - math.sqrt(float(y.var()) - 0.25)) < 0.05 * factor
+    spread = math.sqrt(factor**2 + 0.25 + float(posterior.draws["w"].var()))
+    got = float(posterior.predict(x[:10]).y.std())
+    assert abs(got / spread - 1) < 4 / math.sqrt(80_000) + 0.01  # the tens of rows share w
+
+
 def test_minibatches_and_loaders_reach_the_same_gaussian(regression):
     x, y = regression.x, regression.y
     whole = fit(regression.model, x, y)
