@@ -8,8 +8,9 @@ from torch import Tensor
 
 from bnn.errors import ModelError
 from bnn.handlers import At
-from bnn.inference._curvature import block_of_rest, entries_of
+from bnn.inference._curvature import block_of_rest
 from bnn.inference._energy import Energy
+from bnn.inference._factors import entries_of
 from bnn.inference._joint import Joint
 from bnn.inference._layers import LinearMap, Rewired
 

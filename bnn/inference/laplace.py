@@ -26,7 +26,7 @@ from bnn.data import Data
 from bnn.errors import ConvergenceWarning, ModelError
 from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
 from bnn.inference._choice import check_memory, chosen
-from bnn.inference._curvature import check_held, curvature
+from bnn.inference._curvature import curvature
 from bnn.inference._energy import Energy
 from bnn.inference._evidence import scaled, tuned
 from bnn.inference._joint import Joint
@@ -35,6 +35,7 @@ from bnn.inference._members import Members
 from bnn.inference._mode import polish
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._precision import Precision
+from bnn.inference._whitened import check_held
 from bnn.method import Model, Tensors, check_count, check_positive
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_continuous, require_minibatches
