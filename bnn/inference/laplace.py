@@ -57,15 +57,14 @@ class Laplace(Optimised):
     Attributes:
         structure: "full"; "kron" (a Kronecker product for each linear map, bias included, one
             dense or diagonal block for the rest); "diag"; "last_layer" (full, of the last linear
-            map's weight and bias; the noise is held too).
+            map whose weight is a site, and its bias; noise, and a bias added by hand, are held).
         hessian: "ggn", the generalised Gauss-Newton matrix: never indefinite through the
             likelihood, and the Hessian where the model is linear; or "exact".
-        sites: names of the sites that the Gaussian is of; the others are held at the mode. None
-            takes all.
+        sites: names of the sites that the Gaussian is of, None for all; others stay at the mode.
         predictive: "sampled" runs the model at each draw, "linearized" with f linear in z.
         tune: sets by maximum evidence a factor of the scale of Normal priors, one for all
-            ("global") or for each site ("site"), and the noise; or the named sites alone. The
-            values are in `params`, as "tuned.<site>".
+            ("global") or each site ("site"), and noise that is not held; or for named sites alone.
+            The values are in `params`, as "tuned.<site>".
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
         memory: gigabytes that the curvature may take.
@@ -174,10 +173,9 @@ class Laplace(Optimised):
 
     def program(self, model: Model, params: Tensors) -> Model:
         """The model under its tuned priors, which sites of new rows have; f linear in z or not."""
-        of = lambda head: {k[len(head) :]: v for k, v in params.items() if k.startswith(head)}
-        if self.predictive == "linearized":
-            return linearized(model, of(PREFIX))
-        return scaled(model, of(TUNED)) if self.tune else model
+        head, run = (PREFIX, linearized) if self.predictive == "linearized" else (TUNED, scaled)
+        given = {k.removeprefix(head): v for k, v in params.items() if k.startswith(head)}
+        return run(model, given) if given else model
 
     def _precision(self, joint: Joint, s: Tensor) -> Precision:
         structure = "full" if self.structure == "last_layer" else self.structure
