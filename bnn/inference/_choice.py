@@ -14,7 +14,7 @@ from bnn.inference._factors import entries_of
 from bnn.inference._joint import Joint
 from bnn.inference._layers import LinearMap, Rewired
 
-_COPIES = 3  # of a matrix at once: itself, its factor, the root of its inverse
+_COPIES = 6  # of a matrix at once: it, its factor and their roots, this round's and the last's
 _BYTES = 8  # linear algebra is in float64
 
 

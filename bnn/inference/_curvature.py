@@ -43,15 +43,16 @@ def curvature(joint: Joint, s: Tensor, structure: str, hessian: str) -> Precisio
     if hessian == "exact":
         matrix = _exact(joint, s, structure == "diag")
     else:
-        prior = prior_curvature(joint, s, structure == "diag")
-        matrix = _gauss_newton(joint, s, structure == "diag") + _like(prior, structure)
+        matrix = _gauss_newton(joint, s, structure == "diag")
+        _add(matrix, prior_curvature(joint, s, structure == "diag"))
     _check_finite(joint, matrix)
     block = Diagonal(matrix) if structure == "diag" else Dense(matrix)
     return Precision([(everything, block)])
 
 
-def _like(prior: Tensor, structure: str) -> Tensor:
-    return prior.diag() if structure == "full" and prior.ndim == 1 else prior
+def _add(matrix: Tensor, prior: Tensor) -> None:
+    """Adds the prior's part in place: a second matrix would be the largest thing in memory."""
+    (matrix if prior.ndim == matrix.ndim else matrix.diagonal()).add_(prior)
 
 
 def _check_finite(joint: Joint, matrix: Tensor) -> None:
@@ -67,14 +68,15 @@ def _check_finite(joint: Joint, matrix: Tensor) -> None:
 
 def _exact(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
     """Minus the Hessian, (size, size) or its diagonal."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(len(s) if diagonal else (len(s), len(s)), dtype=torch.float64)
     rows = 0
     for batch in joint.batches():
         rows += len(batch[-1])
         part = _hessian(lambda s, b=batch: joint.likelihood(s, b), s, diagonal, len(batch[-1]))
-        total = total + len(batch[-1]) * part
-    prior = prior_curvature(joint, s, diagonal)
-    return _like(prior, "diag" if diagonal else "full") - total / rows
+        total.sub_(part, alpha=len(batch[-1]))
+        del part
+    _add(total.div_(rows), prior_curvature(joint, s, diagonal))
+    return total
 
 
 def prior_curvature(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
@@ -94,12 +96,11 @@ def prior_curvature(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
 def _hessian(function: Callable[[Tensor], Tensor], s: Tensor, diagonal: bool, rows: int) -> Tensor:
     """The Hessian or its diagonal, float64, several columns at a time."""
     pull = transposed(grad(function), s)
-    parts = []
+    matrix = torch.empty(len(s) if diagonal else (len(s), len(s)), dtype=torch.float64)
     for first, unit in units(len(s), rows, s):
-        columns = each_of(pull, unit).double()
-        parts.append(columns.diagonal(first) if diagonal else columns)
-    matrix = torch.cat(parts)
-    return matrix if diagonal else (matrix + matrix.T) / 2
+        columns = each_of(pull, unit)
+        matrix[first : first + len(unit)] = columns.diagonal(first) if diagonal else columns
+    return matrix if diagonal else matrix.add_(matrix.T.clone()).div_(2)
 
 
 def _gauss_newton(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
@@ -110,8 +111,11 @@ def _gauss_newton(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
         rows += len(batch[-1])
         for part in whitened(joint, s, batch):
             part = part.double()
-            total += part.square().sum(0) if diagonal else part.T @ part
-    return total * (joint.data.rows / rows)
+            if diagonal:
+                total += part.square().sum(0)
+            else:
+                total.addmm_(part.T, part)
+    return total.mul_(joint.data.rows / rows)
 
 
 def _kronecker(joint: Joint, s: Tensor) -> Precision:

@@ -48,9 +48,9 @@ class Dense:
             values, vectors = torch.linalg.eigh(precision)
             raise NotPositive(float(values[0]), vectors[:, 0])
         self.log_det = 2 * lower.diagonal().log().sum()
-        eye = torch.eye(len(lower)).to(lower)
-        self.root = torch.linalg.solve_triangular(lower.T, eye, upper=True)
-        self.sd = self.root.square().sum(1).sqrt()
+        self.root = torch.eye(len(lower)).to(lower)
+        torch.linalg.solve_triangular(lower.T, self.root, upper=True, out=self.root)
+        self.sd = torch.linalg.vector_norm(self.root, dim=1)
 
     def spread(self, u: Tensor) -> Tensor:
         """See `Block`."""
