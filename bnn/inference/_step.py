@@ -182,6 +182,8 @@ class Step:
                 return False
             fixed = batches[0] is batches[1]
             for number, batch in enumerate(batches):
+                if _kinds(batch) != _kinds(batches[0]):
+                    continue  # a last, smaller one, which is run eagerly
                 point = self._point(branch(seed, number + 1), batch)
                 exact, tried = _copy(point), _copy(point)
                 (outcome,) = program(*_flat(tried[:-1], () if fixed else tried[-1]))
@@ -209,7 +211,7 @@ class Step:
 
     def _use(self, program: Callable[..., Tensor], first: tuple[Any, ...], fixed: bool) -> None:
         standing = _flat((self.leaves, self.state, self._rate, self._weight), ())
-        kinds = [(each.shape, each.dtype) for each in first]
+        kinds = _kinds(first)
 
         def run(batch: tuple[Any, ...], noise: tuple[Tensor, ...]) -> Tensor:
             return program(*standing, *noise, *(() if fixed else batch))[0]
@@ -217,7 +219,7 @@ class Step:
         def fits(batch: tuple[Any, ...]) -> bool:
             if fixed:
                 return batch is first
-            return [(each.shape, each.dtype) for each in batch] == kinds
+            return _kinds(batch) == kinds
 
         self._program, self._fits, self.route = run, fits, "compiled"
 
@@ -243,6 +245,10 @@ class Step:
             for name in state.keys() & {"count", "averaged"}:
                 state[name] += 3.0
             return leaves, state, self._rate + 0.01, self._weight + 0.5, noise, batch
+
+
+def _kinds(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    return [(each.shape, each.dtype) for each in batch]
 
 
 def _advance(

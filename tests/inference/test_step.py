@@ -102,10 +102,11 @@ def test_dropout_has_a_graph(regression, hasty, monkeypatch, method):
     _agree(fast, plainly)
 
 
-def test_a_batch_of_another_size_runs_eagerly(regression, hasty, monkeypatch):
+@pytest.mark.parametrize("size", [20, 30])  # batches of 20, 20, 10, and of 30, 20
+def test_a_batch_of_another_size_runs_eagerly(regression, hasty, monkeypatch, size):
     monkeypatch.setattr(_step, "compiled", _graph_itself)
     rows = torch.utils.data.TensorDataset(regression.x, regression.y)
-    loader = torch.utils.data.DataLoader(rows, batch_size=20)  # 20, 20, 10
+    loader = torch.utils.data.DataLoader(rows, batch_size=size)
     method = bnn.SVI(steps=40, draws=5)
     fast, plainly, route = _both(monkeypatch, regression.model, loader, method=method)
     assert route == "compiled"
