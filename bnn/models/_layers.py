@@ -52,16 +52,25 @@ def place(
 
 
 def check_settings(prior: Any) -> None:
-    """Refuses settings that are not positive numbers (or "fan_in", for the scale)."""
+    """Refuses settings that are not positive numbers (or "fan_in", for the scale; or a pair)."""
     for field, value in vars(prior).items():
-        if (field, value) in (("scale", "fan_in"), ("slab", None)):
+        if (field, value) in (("scale", "fan_in"), ("slab", None), ("hyperprior", None)):
             continue
-        real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or not 0 < value < math.inf:
-            known = ', or "fan_in"' if field == "scale" else ""
+        if field == "hyperprior" and isinstance(value, tuple) and len(value) == 2:
+            right = all(map(_is_positive, value))
+        else:
+            right = field != "hyperprior" and _is_positive(value)
+        if not right:
+            known = {"scale": 'number, or "fan_in"', "hyperprior": "pair, (a, b)"}
             raise ValueError(
-                f"{type(prior).__name__}({field}={value!r}): pass a positive number{known}."
+                f"{type(prior).__name__}({field}={value!r}): pass a "
+                f"positive {known.get(field, 'number')}."
             )
+
+
+def _is_positive(value: Any) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and 0 < value < math.inf
 
 
 def student_width(df: float) -> float:

@@ -20,6 +20,8 @@ from bnn.models.priors import (
     StudentT,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:trying to observe")  # a factor, run by hand
+
 ALL = [
     Normal(),
     Normal(scale=0.5, bias_scale=2.0),
@@ -30,6 +32,7 @@ ALL = [
     Horseshoe(scale=0.1, slab=None),
     ScaleMixture(),
     EmpiricalBayes(),
+    EmpiricalBayes(hyperprior=(1.0, 10.0)),
 ]
 
 
@@ -171,6 +174,34 @@ def test_empirical_bayes_scale_is_fitted_by_svi_and_refused_by_nuts():
         bnn.fit(model, x, y, method=bnn.NUTS(chains=1, draws=5, warmup=5), progress=False)
 
 
+@pytest.mark.parametrize("hyperprior", [None, (1.0, 10.0)])
+def test_empirical_bayes_scale_has_its_closed_form(hyperprior, tmp_path):
+    """scale^2 = (sum(m^2 + s^2) + 2 b) / (n + 2 a + 2) at the optimum, a layer at a time."""
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    y = x[:, 0] + torch.tanh(x[:, 1])
+    likelihood = likelihoods.Gaussian(0.3)
+    model = supervised(MLP(8, (6,)), likelihood, EmpiricalBayes(hyperprior=hyperprior))
+    method = bnn.SVI(steps=1500, particles=8, schedule="cosine", draws=5, learning_rate=0.05)
+    posterior = bnn.fit(model, x, y, method=method, progress=False)
+    loc, log_scale = posterior.params["guide.loc"], posterior.params["guide.log_scale"]
+    squares = loc.square() + (2 * log_scale).exp()
+    a, b = hyperprior or (-1.0, 0.0)
+    for name, span in {"layers.0.weight": slice(0, 48), "layers.1.weight": slice(54, 60)}.items():
+        exact = (squares[span].sum() + 2 * b) / (span.stop - span.start + 2 * a + 2)
+        fitted = posterior.params[f"{name}.prior_scale"] ** 2
+        assert float(fitted / exact) == pytest.approx(1.0, rel=0.03)
+    posterior.save(tmp_path / "fit")
+    assert bnn.load(tmp_path / "fit", model).predict(x).f.shape == (1, 5, 60)
+
+
+def test_the_far_tail_of_a_scale_mixture_keeps_its_slope():
+    """Where both densities underflow: -w / wide^2."""
+    fn = stated(ScaleMixture(wide=1.0, narrow=0.05), nn.Linear(1, 1))
+    far = torch.full((1, 1), 30.0, requires_grad=True)
+    fn.log_prob(far).backward()
+    assert float(far.grad) == pytest.approx(-30.0)
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -184,6 +215,8 @@ def test_empirical_bayes_scale_is_fitted_by_svi_and_refused_by_nuts():
         lambda: ScaleMixture(mixing=1.0),
         lambda: ScaleMixture(narrow=2.0),
         lambda: EmpiricalBayes(bias_scale=True),
+        lambda: EmpiricalBayes(hyperprior=(1.0, 0.0)),
+        lambda: EmpiricalBayes(hyperprior=1.0),
     ],
 )
 def test_settings_out_of_range_are_refused(build):
