@@ -1,8 +1,8 @@
 """ELBO: the bound of a guide family of ours, what has a closed form exact and the rest sampled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,28 +14,52 @@ from torch import Tensor
 from bnn.data import Data
 from bnn.handlers import seeded
 from bnn.inference._energy import Energy
+from bnn.inference._rowwise import Ask, Draw, Rowwise
 from bnn.sites import Sites
 
 _EVALUATIONS = 10_000_000  # rows x draws that the final ELBO may cost,
 _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
 _AT_ONCE = 100_000  # rows x draws in memory together
+Needs = dict[int | str, tuple[Draw, tuple[int, ...]]]
+"""The law and the shape of each noise: the family's own by number, what rows draw by name."""
 
 
 class Bound:
-    """The ELBO of a family of ours, as a function of its tensors."""
+    """The ELBO of a family of ours, as a function of its tensors.
+
+    Args:
+        energy: the log joint.
+        family: one of `bnn.inference._guide.FAMILIES`, built.
+        sites: of the model.
+        particles: draws of one estimate.
+        rowwise: draws weights for each row; None has one draw for all.
+        path: samples all of the KL, and differentiates log q(z) through z alone: what is left out
+            has mean 0.
+        temperature: how often the entropy counts.
+    """
 
     def __init__(
-        self, energy: Energy, family: Any, sites: Sites, annealing: int, particles: int = 1
+        self,
+        energy: Energy,
+        family: Any,
+        sites: Sites,
+        particles: int = 1,
+        *,
+        rowwise: Rowwise | None = None,
+        path: bool = False,
+        temperature: float = 1.0,
     ):
-        self.energy, self.family = energy, family
-        self.annealing, self.particles = annealing, particles
-        self.exact = (
-            set() if family.moments() is None else _normal_priors(energy, family.independent)
-        )
+        self.energy, self.family, self.particles = energy, family, particles
+        self.rowwise, self.path, self.temperature = rowwise, path, temperature
+        known = family.moments() is not None and not path
+        self.exact = _normal_priors(energy, family.independent) if known else set()
+        self._asked: dict[Any, Needs] = {}
 
-    def __call__(self, batch: tuple[Any, ...], step: int, particles: int) -> Tensor:
-        weight = min(1.0, (step + 1) / (self.annealing + 1))
-        return self._estimate(batch, weight, torch.randn, particles)
+    def __call__(self, batch: tuple[Any, ...], particles: int) -> Tensor:
+        """The ELBO itself, at temperature 1, from one draw of the weights for all rows."""
+        z, log_q = self.family.sample(torch.randn, particles)
+        likelihood, prior = self.energy.batched(lambda one: self._terms(one, batch), z)
+        return likelihood.mean() + prior.mean() + self._entropy(z, log_q)
 
     def at(
         self,
@@ -44,42 +68,67 @@ class Bound:
         weight: Tensor,
         noise: tuple[Tensor, ...],
     ) -> Tensor:
-        """The estimate as a function of the family's tensors and of the noise, see `noise`."""
-        own, given = self.family.tensors, iter(noise)
+        """The estimate as a function of the family's tensors, the weight of the KL, and noise."""
+        own, given = self.family.tensors, dict(zip(self._needs(batch), noise, strict=True))
         self.family.tensors = {name: tensors[f"guide.{name}"] for name in own}
         try:
-            return self._estimate(batch, weight, lambda *_: next(given), self.particles)
+            shared = iter([given.pop(name) for name in list(given) if isinstance(name, int)])
+            z, log_q = self.family.sample(lambda *_: next(shared), self.particles)
+
+            def terms(one: Tensor, *each: Tensor) -> tuple[Tensor, Tensor]:
+                asked = dict(zip(given, each, strict=True))
+                return self._terms(one, batch, lambda name, *_: asked[name])
+
+            likelihood, prior = self.energy.batched(terms, z, *given.values())
+            entropy = self.temperature * self._entropy(z, log_q)
+            return likelihood.mean() + weight * (prior.mean() + entropy)
         finally:
             self.family.tensors = own
 
-    def noise(self) -> tuple[Tensor, ...]:
-        """What one estimate takes: standard normal numbers, in the order it asks for them."""
-        return tuple(torch.randn(shape) for shape in self._shapes)
+    def noise(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """What one estimate takes on a batch, in the order it asks for it."""
+        return tuple(draw(shape) for draw, shape in self._needs(batch).values())
 
-    @cached_property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        shapes: list[tuple[int, ...]] = []
+    def _needs(self, batch: tuple[Any, ...]) -> Needs:
+        """What a run asks for; the same for batches of the same shapes."""
+        key = tuple(arg.shape for arg in batch) if self.rowwise else ()
+        if key in self._asked:
+            return self._asked[key]
+        needs: Needs = {}
 
-        def asked(*shape: int) -> Tensor:
-            shapes.append(shape)
+        def shared(*shape: int) -> Tensor:
+            needs[len(needs)] = torch.randn, shape
             return torch.zeros(shape)
 
+        def ask(name: str, shape: Sequence[int], draw: Draw) -> Tensor:
+            needs[name] = draw, (self.particles, *shape)
+            return torch.zeros(tuple(shape))
+
         with torch.no_grad():
-            self.family.sample(asked, self.particles)
-        return shapes
+            z, _ = self.family.sample(shared, self.particles)
+            if self.rowwise is not None:
+                self._terms(z[0], batch, ask)
+        self._asked[key] = needs
+        return needs
 
-    def _estimate(
-        self, batch: tuple[Any, ...], weight: Any, noise: Callable[..., Tensor], particles: int
-    ) -> Tensor:
-        z, log_q = self.family.sample(noise, particles)
-        elsewhere = self._expected_priors()
+    def _terms(
+        self, z: Tensor, batch: tuple[Any, ...], ask: Ask | None = None
+    ) -> tuple[Tensor, Tensor]:
+        run = nullcontext()
+        if self.rowwise is not None and ask is not None:
+            run = self.rowwise.rewired(self.family.moments(), ask)
+        with run:
+            return self.energy.terms(
+                z, batch, jacobian=self.family.spreads, elsewhere=self._expected_priors()
+            )
 
-        def terms(one: Tensor) -> tuple[Tensor, Tensor]:
-            return self.energy.terms(one, batch, jacobian=self.family.spreads, elsewhere=elsewhere)
-
-        likelihood, prior = self.energy.batched(terms, z)
-        entropy = self.family.entropy() if log_q is None else -log_q.mean()
-        return likelihood.mean() + weight * (prior.mean() + entropy)
+    def _entropy(self, z: Tensor, log_q: Tensor | None) -> Any:
+        if self.path:
+            own = self.family.tensors
+            self.family.tensors = {name: tensor.detach() for name, tensor in own.items()}
+            log_q = self.family.log_density(z)
+            self.family.tensors = own
+        return self.family.entropy() if log_q is None else -log_q.mean()
 
     def value(self, data: Data, sites: Sites) -> float | None:
         """The ELBO on all rows, from many draws; None where the rows are not at hand."""
@@ -90,13 +139,13 @@ class Bound:
         count = int(min(max(affordable, 4), 8_192))
         step = min(512, max(1, _AT_ONCE // max(data.rows, 1)))
         parts = [min(step, count - i) for i in range(0, count, step)]
-        values = [float(self(data.tensors, self.annealing, n)) * n for n in parts]
+        values = [float(self(data.tensors, n)) * n for n in parts]
         return sum(values) / count
 
     def _expected_priors(self) -> dict[str, Callable[[Any], Tensor]]:
         """E_q[log N(w | loc, scale)] = log N(mean of q | loc, scale) - var of q / (2 scale^2)."""
         moments = self.family.moments()
-        if moments is None:
+        if moments is None or not self.exact:
             return {}
         expected = {}
         for slot in self.energy.slots:

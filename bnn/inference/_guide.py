@@ -2,7 +2,8 @@
 
 A family is built around a starting point and a scale; its tensors are optimised in place. Sampling
 is pathwise, so gradients pass through the draw (Kingma and Welling 2014). Gaussian families know
-their entropy and marginal moments exactly; `Point` has neither.
+their entropy and marginal moments exactly, and their log density at any point; a flow knows its own
+at its draws; `Point` has none of these.
 
 Of each family: `independent` says whether sites are independent under q, `spreads` whether q has a
 density (a point has none, and its objective leaves the Jacobian out).
@@ -18,6 +19,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 _LOG_2PI_E = 1 + math.log(2 * math.pi)
+
+
+def _log_normal(unit: Tensor, half_log_det: Tensor) -> Tensor:
+    """Log density of a Gaussian, of its draws (count, size) in units of its root."""
+    return -0.5 * (unit.square() + math.log(2 * math.pi)).sum(-1) - half_log_det
 
 
 class Normal:
@@ -41,6 +47,11 @@ class Normal:
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance of each coordinate, or None where they are not known."""
         return self.tensors["loc"], (2 * self.tensors["log_scale"]).exp()
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """Log q(z) of (count, size), (count,)."""
+        unit = (z - self.tensors["loc"]) / self.tensors["log_scale"].exp()
+        return _log_normal(unit, self.tensors["log_scale"].sum())
 
 
 class FullRank:
@@ -77,6 +88,12 @@ class FullRank:
         """See `Normal.moments`."""
         return self.tensors["loc"], self._root().square().sum(1)
 
+    def log_density(self, z: Tensor) -> Tensor:
+        """See `Normal.log_density`."""
+        apart = (z - self.tensors["loc"]).T
+        unit = torch.linalg.solve_triangular(self._root(), apart, upper=False).T
+        return _log_normal(unit, self.tensors["log_diagonal"].sum())
+
 
 class LowRank:
     """q(z) = N(loc, diag(scale^2) + F F^T), F of rank about sqrt(size) (Ong, Nott, Smith 2018)."""
@@ -106,15 +123,30 @@ class LowRank:
     def entropy(self) -> Tensor:
         """See `Normal.entropy`; the determinant by the matrix determinant lemma."""
         log_scale, factor = self.tensors["log_scale"], self._factor()
-        scaled = factor / log_scale.exp()[:, None]
-        capacitance = torch.eye(factor.shape[1]).to(factor) + scaled.T @ scaled
-        half_log_det = log_scale.sum() + 0.5 * torch.logdet(capacitance)
+        half_log_det = log_scale.sum() + 0.5 * torch.logdet(_capacitance(factor, log_scale))
         return half_log_det + 0.5 * _LOG_2PI_E * len(log_scale)
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """See `Normal.moments`."""
         scale, factor = self.tensors["log_scale"].exp(), self._factor()
         return self.tensors["loc"], scale.square() + factor.square().sum(1)
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """See `Normal.log_density`; the inverse by Woodbury's identity."""
+        log_scale, factor = self.tensors["log_scale"], self._factor()
+        scaled = factor / log_scale.exp()[:, None]
+        inner = _capacitance(factor, log_scale)
+        unit = (z - self.tensors["loc"]) / log_scale.exp()
+        along = unit @ scaled  # (count, rank)
+        explained = (along * torch.linalg.solve(inner, along.T).T).sum(-1)
+        half_log_det = log_scale.sum() + 0.5 * torch.logdet(inner)
+        return _log_normal(unit, half_log_det) + 0.5 * explained
+
+
+def _capacitance(factor: Tensor, log_scale: Tensor) -> Tensor:
+    """I + F^T diag(scale^-2) F, (rank, rank)."""
+    scaled = factor / log_scale.exp()[:, None]
+    return torch.eye(factor.shape[1]).to(factor) + scaled.T @ scaled
 
 
 class Flow:

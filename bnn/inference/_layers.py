@@ -61,6 +61,11 @@ class LinearMap:
         """(*, unit) -> (*, unit, 1, ...): broadcasts over the places of a convolution."""
         return units.reshape(*units.shape, *[1] * self.places)
 
+    def by_row(self, units: Tensor, x: Tensor) -> Tensor:
+        """(row, unit) -> (row, 1, ..., unit, 1, ...): broadcasts against x, or an output."""
+        between = [1] * (x.ndim - 2 - self.places)
+        return units.reshape(len(units), *between, *units.shape[1:], *[1] * self.places)
+
     def scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
         """The weight whose map of x is that of x with its inputs times factor, (input,)."""
         if self.groups > 1 and self.axis == 1:  # (output, input / group, *)

@@ -258,15 +258,14 @@ class Masked:
             factors: by name, z / (1 - rate) in the shapes of `shapes`.
             odds: by site, rate / (1 - rate).
         """
-        values, rows = self.energy.values(z), len(batch[-1])
+        values = self.energy.values(z)
         rules, own, tied, elsewhere = {}, {}, {}, {}
         for name in self.names:
             place = self.places.get(name)
             if place is None:
-                factor = factors[name]
-                own[name] = _of_rows(factor, rows) if self.layout.own[name].by_row else factor
+                own[name] = factors[name]
             elif place.by_row:
-                rules[name] = partial(_dropped, _of_rows(factors[name], rows))
+                rules[name] = partial(_dropped, factors[name])
             else:
                 tied[name] = place.map.scaled(values[name], factors[name])
         for name in self.rewritten | self.places.keys():
@@ -307,11 +306,6 @@ class Masked:
 def hard(shape: tuple[int, ...], rate: float) -> Tensor:
     """Masks of 0 and 1 over their mean: z / (1 - rate), z ~ Bernoulli(1 - rate)."""
     return torch.bernoulli(torch.full(shape, 1 - rate)) / (1 - rate)
-
-
-def _of_rows(factor: Tensor, rows: int) -> Tensor:
-    """(row, *) for so many rows. More than were asked for get the masks of earlier ones."""
-    return factor if len(factor) == rows else factor[torch.arange(rows) % len(factor)]
 
 
 def _dropped(factor: Tensor, met: LinearMap) -> Tensor:

@@ -70,7 +70,7 @@ def maximise(
     what: str,
     label: str,
     progress: bool,
-    noise: Callable[[], tuple[Tensor, ...]] = tuple,
+    noise: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = lambda batch: (),
     members: int | None = None,
     settle: int = 0,
     epoch: int | None = 1,
@@ -93,7 +93,7 @@ def maximise(
         what: name of the method, for the bar and for messages.
         label: name of the objective, for the bar.
         progress: show the bar.
-        noise: draws what the objective takes as noise.
+        noise: draws what the objective takes as noise, of a batch; see `Step`.
         members: parameter sets that step together; None where the objective is one number.
         settle: steps over which the weight that the objective is given rises to 1 (annealing).
         epoch: steps in one pass over the rows. The mean over a pass is free of the noise of the

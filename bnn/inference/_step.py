@@ -43,7 +43,8 @@ class Step:
     Args:
         objective: what to maximise.
         leaves: tensors to optimise, by name; (member, *) each where there are members.
-        noise: draws what the objective takes as noise.
+        noise: draws what the objective takes as noise, of a batch. Batches of the same shapes have
+            noise of the same shapes.
         members: parameter sets that step together; None where the objective is one number.
         averaging: keeps the running average of the leaves.
     """
@@ -52,7 +53,7 @@ class Step:
         self,
         objective: Objective,
         leaves: Mapping[str, Tensor],
-        noise: Callable[[], tuple[Tensor, ...]] = tuple,
+        noise: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = lambda batch: (),
         members: int | None = None,
         averaging: bool = False,
     ):
@@ -83,7 +84,7 @@ class Step:
             self._rate.copy_(torch.tensor(rates).reshape(self._rate.shape))
             self._weight.fill_(weight)
             self._given = (list(rates), weight)
-        noise = self.noise()
+        noise = self.noise(batch)
         if self._program is not None and self._fits(batch):
             outcome = self._program(batch, noise)
         else:
@@ -230,7 +231,7 @@ class Step:
         would turn that of a small one.
         """
         with seeded(seed):
-            noise = self.noise()
+            noise = self.noise(batch)
             leaves = {
                 name: (leaf.detach() + 0.1 * torch.randn_like(leaf)).requires_grad_()
                 for name, leaf in self.leaves.items()

@@ -102,7 +102,7 @@ class ConcreteDropout(Optimised):
         call = f"ConcreteDropout(initial_rate={self.initial_rate!r})"
         start = layout.rates(self.initial_rate, call)
         masked = Masked(energy, layout, start, self.length_scale)
-        bound = _Bound(masked, self.temperature, len(batch[-1]))
+        bound = _Bound(masked, self.temperature)
         # Adam steps as far in every leaf: the logit is a multiple of its own, and steps further
         gain = self.rate_learning_rate / self.learning_rate
         leaves = {f"logit.{k}": torch.tensor(p).logit() / gain for k, p in start.items()}
@@ -152,13 +152,13 @@ class ConcreteDropout(Optimised):
 class _Bound:
     """The objective, at relaxed masks, and its value at masks of 0 and 1."""
 
-    def __init__(self, masked: Masked, temperature: float, rows: int):
+    def __init__(self, masked: Masked, temperature: float):
         self.masked, self.temperature = masked, temperature
-        self.shapes = masked.shapes(rows)
 
-    def noise(self) -> tuple[Tensor, ...]:
+    def noise(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Logit u of every mask."""
-        return tuple(torch.rand(s).clamp(1e-7, 1 - 1e-7).logit() for s in self.shapes.values())
+        shapes = self.masked.shapes(len(batch[-1])).values()
+        return tuple(torch.rand(s).clamp(1e-7, 1 - 1e-7).logit() for s in shapes)
 
     def __call__(
         self,
@@ -168,7 +168,7 @@ class _Bound:
         noise: tuple[Tensor, ...],
     ) -> Tensor:
         factors = {}
-        for name, each in zip(self.shapes, noise, strict=True):
+        for name, each in zip(self.masked.shapes(len(batch[-1])), noise, strict=True):
             logit = logits[name.removeprefix("prior.")]
             kept = (-(logit + each) / self.temperature).sigmoid()
             factors[name] = kept * (1 + logit.exp())  # / (1 - p)

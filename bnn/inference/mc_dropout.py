@@ -92,10 +92,10 @@ class MCDropout(Optimised):
         rates = layout.rates(rate, f"MCDropout(rate={self.rate!r})")
         rates = {name: rate for name, rate in rates.items() if rate}
         masked = Masked(energy, layout, rates, self.length_scale)
-        shapes = masked.shapes(len(batch[-1]))
         odds = {name: rate / (1 - rate) for name, rate in rates.items()}
 
-        def noise() -> tuple[Tensor, ...]:
+        def noise(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            shapes = masked.shapes(len(batch[-1]))
             return tuple(hard(s, rates[k.removeprefix("prior.")]) for k, s in shapes.items())
 
         def objective(
@@ -104,7 +104,7 @@ class MCDropout(Optimised):
             weight: Tensor,
             noise: tuple[Tensor, ...],
         ) -> Tensor:
-            factors = dict(zip(shapes, noise, strict=True))
+            factors = dict(zip(masked.shapes(len(batch[-1])), noise, strict=True))
             return masked.log_joint(tensors["mode"], batch, factors, odds)
 
         with parameters(model, data.tensors) as leftovers, seeded(branch(seed, 2)):

@@ -23,7 +23,7 @@ def _bound(net, *data, names, length_scale=None, temperature=0.1, model=None):
     masked, z, args = masked_of(
         model or net_model(net), *data, names=names, length_scale=length_scale
     )
-    return _Bound(masked, temperature, len(args[-1])), z, args
+    return _Bound(masked, temperature), z, args
 
 
 def test_weights_and_entropy_have_the_ratio_of_the_paper():
@@ -63,7 +63,7 @@ def test_relaxed_masks_tend_to_hard_ones_of_their_rate():
     seen = {}
     bound._at = lambda z, logits, batch, factors: seen.update(factors)
     torch.manual_seed(0)
-    bound(z, {"2.weight": torch.tensor(0.3).logit()}, args, bound.noise())
+    bound(z, {"2.weight": torch.tensor(0.3).logit()}, args, bound.noise(args))
     kept = seen["2.weight"] * 0.7
     assert abs(float(kept.mean()) - 0.7) < 4 * math.sqrt(0.21 / 40_000)
     assert ((kept < 0.01) | (kept > 0.99)).double().mean() > 0.99

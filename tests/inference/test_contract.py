@@ -16,6 +16,9 @@ import bnn
 
 METHODS = {
     "svi": bnn.SVI(steps=300, draws=60, particles=4),
+    "svi_local": bnn.SVI(estimator="local", steps=300, draws=60),
+    "svi_flipout": bnn.SVI(estimator="flipout", steps=300, draws=60),
+    "svi_path": bnn.SVI(guide="full_rank", estimator="path", steps=300, draws=60),
     "svi_full_rank": bnn.SVI(guide="full_rank", steps=300, draws=60),
     "svi_low_rank": bnn.SVI(guide="low_rank", steps=300, draws=60),
     "svi_flow": bnn.SVI(guide="flow", steps=300, draws=60),

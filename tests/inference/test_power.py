@@ -1,5 +1,8 @@
 """Planted bugs: every exact check must fail on the mistake that it is there to catch."""
 
+import itertools
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,11 +16,13 @@ from bnn.inference import (
     _guide,
     _masks,
     _nuts,
+    _rowwise,
     _trajectory,
     concrete_dropout,
 )
 from tests import exact
 from tests.exact import Regression
+from tests.inference import test_estimators as estimators
 
 SHORT = {"steps": 1_000, "learning_rate": 0.05, "schedule": "cosine"}
 
@@ -78,6 +83,45 @@ def test_prior_too_wide(check, monkeypatch):
 def test_log_jacobian_missing(monkeypatch):
     monkeypatch.setattr(_energy.Energy, "log_jacobian", lambda self, z: z.new_zeros(()))
     _fails(exact.check_positive_site_by_nuts)
+
+
+@pytest.mark.parametrize("model", [estimators.linear, estimators.tokens, estimators.convolution])
+def test_flipout_that_turns_the_whole_weight(model, monkeypatch):
+    """As in BLiTZ: the mean is not taken off, and the outputs vary by (x mean)^2 more."""
+    plain = _rowwise.flipout
+
+    def whole(met, w, b, once, ask):
+        return plain(replace(met, weight=met.weight + w.mean), w, b, once, ask)
+
+    monkeypatch.setitem(estimators.ROWWISE, "flipout", whole)
+    _fails(estimators.check_outputs, model=model, estimator="flipout")
+
+
+@pytest.mark.parametrize("model", [estimators.tokens, estimators.tied, estimators.convolution])
+def test_local_noise_that_is_independent_at_each_place(model, monkeypatch):
+    """As published for convolutions: right in each output, wrong in what a row's outputs share."""
+    plain, calls = _rowwise.local, itertools.count()
+
+    def apart(met, w, b, once, ask):
+        return plain(met, w, b, True, lambda name, *rest: ask(f"{name} {next(calls)}", *rest))
+
+    monkeypatch.setitem(estimators.ROWWISE, "local", apart)
+    _fails(estimators.check_outputs, model=model, estimator="local")
+
+
+def test_local_variance_taken_for_a_scale(monkeypatch):
+    def squared(met, w, b, once, ask):
+        return _rowwise.local(met, replace(w, variance=w.variance**2), b, once, ask)
+
+    monkeypatch.setitem(estimators.ROWWISE, "local", squared)
+    _fails(estimators.check_outputs, model=estimators.linear, estimator="local")
+
+
+@pytest.mark.parametrize("guide", ["normal", "full_rank"])
+def test_path_that_keeps_the_score(guide, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "detach", lambda self: self)
+    with estimators.double():
+        _fails(estimators.check_path, guide=guide)
 
 
 def test_kl_sign_turned(monkeypatch):

@@ -102,12 +102,34 @@ def test_dropout_has_a_graph(regression, hasty, monkeypatch, method):
     _agree(fast, plainly)
 
 
+_CONVOLUTION = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 2), torch.nn.Flatten())
+
+
+def _convolved(x, y=None):
+    f = bnn.models.sample_weights(_CONVOLUTION)(x[:, None]).sum(1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("estimator", ["local", "flipout", "path"])
+@pytest.mark.parametrize("kind", ["product", "convolution"])
+def test_every_estimator_has_a_graph(regression, hasty, monkeypatch, estimator, kind):
+    monkeypatch.setattr(_step, "compiled", _graph_itself)
+    model = regression.model if kind == "product" else _convolved
+    x = regression.x if kind == "product" else regression.x[:, [0, 1, 0]]
+    method = bnn.SVI(estimator=estimator, particles=2, steps=40, draws=5, batch_size=10)
+    fast, plainly, route = _both(monkeypatch, model, x, regression.y, method=method)
+    assert route == "compiled"
+    _agree(fast, plainly)
+
+
+@pytest.mark.parametrize("estimator", ["reparameterization", "local", "flipout"])
 @pytest.mark.parametrize("size", [20, 30])  # batches of 20, 20, 10, and of 30, 20
-def test_a_batch_of_another_size_runs_eagerly(regression, hasty, monkeypatch, size):
+def test_a_batch_of_another_size_runs_eagerly(regression, hasty, monkeypatch, estimator, size):
     monkeypatch.setattr(_step, "compiled", _graph_itself)
     rows = torch.utils.data.TensorDataset(regression.x, regression.y)
     loader = torch.utils.data.DataLoader(rows, batch_size=size)
-    method = bnn.SVI(steps=40, draws=5)
+    method = bnn.SVI(estimator=estimator, steps=40, draws=5)
     fast, plainly, route = _both(monkeypatch, regression.model, loader, method=method)
     assert route == "compiled"
     _agree(fast, plainly)
@@ -190,7 +212,7 @@ def test_a_member_that_is_not_finite_stays_alone(compiling, hasty, monkeypatch):
         return -((leaves["z"] - 1) ** 2).sum(1) + (drawn[0][:, None] * leaves["z"]).sum(1)
 
     z = torch.zeros(3, 2, requires_grad=True)
-    step = _step.Step(objective, {"z": z}, lambda: tuple(noise), members=3, averaging=True)
+    step = _step.Step(objective, {"z": z}, lambda batch: tuple(noise), members=3, averaging=True)
     if compiling:
         assert step.hasten(1_000, [()] * 2, np.random.SeedSequence(0))
     noise[0] = torch.tensor([0.0, float("inf"), 0.0])

@@ -113,15 +113,69 @@ def test_analytic_kl_has_less_noise_than_sampling(regression):
     )
     energy = Energy(regression.model, data, sites)
     family = Normal(torch.zeros(2), torch.ones(2))
-    bound = Bound(energy, family, sites, annealing=0)
+    bound = Bound(energy, family, sites)
     assert bound.exact == {"w"}
     with pyro.validation_enabled(False):
-        got = float(bound(data.tensors, 0, 20_000))
+        got = float(bound(data.tensors, 20_000))
     x, y = regression.x.double(), regression.y.double()
     expected = -0.5 * ((y**2).sum() + (x**2).sum()) - 25 * math.log(2 * math.pi)
     assert abs(got - float(expected)) < 4 * 130 / math.sqrt(
         20_000
     )  # sd of the likelihood about 130
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(0.5, 0.3), (0.0, 0.02)])
+def test_the_kl_to_a_scale_mixture_is_sampled(loc, scale):
+    """One weight at x = 0, so that the ELBO is log N(0 | 0, 1) - KL; the KL by quadrature."""
+    from bnn.inference._elbo import Bound
+    from bnn.inference._energy import Energy
+    from bnn.inference._guide import Normal
+    from bnn.models import likelihoods, priors, supervised
+
+    prior = priors.ScaleMixture(mixing=0.3, wide=1.0, narrow=0.05)
+    net = torch.nn.Linear(1, 1, bias=False)
+    model = supervised(net, likelihoods.Gaussian(1.0), prior)
+    zeros = torch.zeros(1, 1), torch.zeros(1)
+    data, sites = contract.check(model, arguments.read(model, zeros))
+    family = Normal(torch.tensor([loc]), torch.tensor([scale]))
+    bound = Bound(Energy(model, data, sites), family, sites)
+    assert bound.exact == set()
+    with pyro.validation_enabled(False):
+        got = float(bound(data.tensors, 100_000))
+    w, q = torch.linspace(-4, 4, 80_001, dtype=torch.float64), dist.Normal(loc, scale)
+    log_q, wide, narrow = (
+        dist.Normal(m, s).log_prob(w) for m, s in [(loc, scale), (0, 1), (0, 0.05)]
+    )
+    log_p = torch.logaddexp(math.log(0.3) + wide, math.log(0.7) + narrow)
+    kl = float(torch.trapezoid(log_q.exp() * (log_q - log_p), w))
+    spread = float(torch.trapezoid(log_q.exp() * (log_p + kl - q.entropy()) ** 2, w)) ** 0.5
+    expected = -0.5 * math.log(2 * math.pi) - kl
+    assert abs(got - expected) < 4 * (spread + 0.5) / math.sqrt(100_000)
+
+
+def test_squared_error_with_a_weighted_kl_is_the_bound_of_a_stated_noise(regression):
+    """Mean squared error + c KL over N rows = -2 sd^2 / N ELBO + constant at sd^2 = c N / 2."""
+    from bnn.inference._elbo import Bound
+    from bnn.inference._energy import Energy
+    from bnn.inference._guide import Normal
+
+    c, x, y = 0.1, regression.x, regression.y
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, math.sqrt(c * len(x) / 2)), obs=y)
+
+    data, sites = contract.check(model, arguments.read(model, (x, y)))
+    gaps = []
+    for loc, scale in [(torch.zeros(2), torch.ones(2)), (regression.mean, regression.sd)]:
+        bound = Bound(Energy(model, data, sites), Normal(loc, scale), sites)
+        with pyro.validation_enabled(False):
+            elbo = float(bound(data.tensors, 100_000))
+        error = ((y - x @ loc) ** 2 + x**2 @ scale**2).mean()
+        kl = torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(0.0, 1.0)).sum()
+        gaps.append(float(error + c * kl) + c * elbo)
+    assert abs(gaps[0] - gaps[1]) < 0.02  # c times sd about 15 of one draw, over sqrt(100,000)
 
 
 def test_priors_with_latent_scale_are_exact_under_mean_field_only():
