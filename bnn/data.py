@@ -55,12 +55,16 @@ class Data:
                 return None
         return max(2, self.rows // size) if size is not None and size < self.rows else 1
 
-    def batches(self, size: int | None, generator: torch.Generator) -> Iterator[tuple]:
+    def batches(
+        self, size: int | None, generator: torch.Generator, *, passes: bool = True
+    ) -> Iterator[tuple]:
         """Endless minibatches: each pass over the rows is a new random order.
 
         Args:
             size: rows in a batch; None gives all rows every time.
             generator: source of the orders.
+            passes: False draws every batch from all rows, whatever the ones before held; over a
+                pass the noise of the choice of rows cancels, and then it does not.
 
         Yields:
             The model's arguments on the rows of one batch.
@@ -73,7 +77,7 @@ class Data:
                 yield self.tensors
         while True:
             order = torch.randperm(self.rows, generator=generator)
-            for start in range(0, self.rows - size + 1, size):
+            for start in range(0, self.rows - size + 1 if passes else 1, size):
                 yield take(self.tensors, order[start : start + size])
 
     def once(self, size: int | None) -> Iterator[tuple]:

@@ -79,23 +79,26 @@ class Members:
         each = args if self.own else ()
         return self.energy.batched(one, tensors["mode"], *each, *rows, *self.whole.values())
 
-    def batches(self, seed: np.random.SeedSequence) -> Iterator[tuple[Any, ...]]:
+    def batches(
+        self, seed: np.random.SeedSequence, *, passes: bool = True
+    ) -> Iterator[tuple[Any, ...]]:
         """Endless: of every argument the rows of each member, (member, row, *), or those of all.
 
-        After the arguments come the tensors of `rows` at the same rows, (member, row, *).
+        After the arguments come the tensors of `rows` at the same rows, (member, row, *). `passes`
+        is that of `Data.batches`.
         """
         if self.own:
-            return self._own([generator(branch(seed, k)) for k in range(self.axis or 1)])
+            return self._own([generator(branch(seed, k)) for k in range(self.axis or 1)], passes)
         rows = (each if self.axis else each[0] for each in self.rows.values())
         data = replace(self.data, tensors=(*self.data.tensors, *rows))
-        return data.batches(self.batch_size, generator(branch(seed, 0)))
+        return data.batches(self.batch_size, generator(branch(seed, 0)), passes=passes)
 
-    def _own(self, generators: list[torch.Generator]) -> Iterator[tuple[Any, ...]]:
-        """Each pass over the rows is a new random order for every member."""
+    def _own(self, generators: list[torch.Generator], passes: bool) -> Iterator[tuple[Any, ...]]:
+        """Each pass over the rows, or each batch, is a new random order for every member."""
         rows, size = self.data.rows, self.batch_size or self.data.rows
         while True:
             orders = torch.stack([torch.randperm(rows, generator=each) for each in generators])
-            for start in range(0, rows - size + 1, size):
+            for start in range(0, rows - size + 1 if passes else 1, size):
                 yield self._at(orders[:, start : start + size])
 
     def _at(self, rows: Tensor) -> tuple[Tensor, ...]:

@@ -61,11 +61,20 @@ class Optimised(Method):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ascent:
+    """What `maximise` needs of the settings, for methods in which it is a phase among others."""
+
+    steps: int
+    learning_rate: float = 0.02
+    schedule: Schedule = "cosine"
+
+
 def maximise(
     objective: Objective,
     tensors: Mapping[str, Tensor],
     batches: Iterator[tuple[Any, ...]],
-    settings: Optimised,
+    settings: Optimised | Ascent,
     *,
     what: str,
     label: str,
@@ -146,7 +155,7 @@ def _ascend(
     step: Step,
     climbs: "list[_Climb]",
     batches: Iterator[tuple[Any, ...]],
-    settings: Optimised,
+    settings: Optimised | Ascent,
     what: str,
     label: str,
     shown: Any,
@@ -194,7 +203,7 @@ class _Climb:
         self,
         step: Step,
         index: tuple[int, ...],
-        settings: Optimised,
+        settings: Optimised | Ascent,
         settle: int,
         epoch: int | None,
     ):

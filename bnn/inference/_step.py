@@ -1,13 +1,14 @@
-"""Step: the objective, its gradient and Adam's update as one function of tensors.
+"""Step: the objective, its gradient and the move they lead to as one function of tensors.
 
-Everything that changes from step to step is an argument of that function: the leaves, Adam's
-moments, the rate, the weight of the KL, the noise of the guide, the minibatch. So it can be traced
-once and compiled, and eager and compiled steps are the same mathematics on the same noise. Several
-parameter sets (members) step together: then the objective has a value for each, and so has every
-leaf on its first axis; one whose gradient is not finite stays where it is, alone.
+Everything that changes from step to step is an argument of that function: the leaves, the state of
+the rule that moves them (Adam's moments), the rate, the weight of the KL, the noise, the minibatch.
+So it can be traced once and compiled, and eager and compiled steps are the same mathematics on the
+same noise. Several parameter sets (members) step together: then the objective has a value for each,
+and so has every leaf on its first axis; one whose gradient is not finite stays where it is, alone.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,12 +33,84 @@ _CALL, _NUMBER = 5e-6, 0.1e-9  # seconds that it saves for each operation and nu
 _FEW = 1_000  # steps: below, not even the operations are counted
 
 
+class Rule(ABC):
+    """How a step moves the leaves, up the gradient. All that it remembers lies in the state."""
+
+    @abstractmethod
+    def begin(self, leaves: Mapping[str, Tensor], count: Tensor) -> dict[str, Any]:
+        """The state before the first step: a tree of tensors; `count` is 0, () or (member,)."""
+
+    @abstractmethod
+    def move(
+        self,
+        leaves: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rate: Tensor,
+        noise: tuple[Tensor, ...],
+        kept: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Changes leaves and state in place: `old.copy_(kept(new, old))`.
+
+        `kept` gives the old where the step of a member is left out, else the new.
+        """
+
+    @abstractmethod
+    def midway(self, state: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> None:
+        """Fills a state as a fit on its way may hold it: where routes are compared."""
+
+
+class Adam(Rule):
+    """Kingma and Ba (2015), Adam: a method for stochastic optimization."""
+
+    def begin(self, leaves: Mapping[str, Tensor], count: Tensor) -> dict[str, Any]:
+        """See `Rule`."""
+        zeros = lambda: {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        return {"mean": zeros(), "square": zeros(), "count": count}
+
+    def move(
+        self,
+        leaves: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rate: Tensor,
+        noise: tuple[Tensor, ...],
+        kept: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """See `Rule`."""
+        count = state["count"]
+        count.copy_(kept(count + 1, count))
+        biased = [1 - memory**count for memory in _MEMORY]  # 0 before the first step, and kept
+        for name, leaf in leaves.items():
+            mean, square, gradient = state["mean"][name], state["square"][name], gradients[name]
+            mean.copy_(kept(torch.lerp(gradient, mean, _MEMORY[0]), mean))
+            square.copy_(kept(torch.lerp(gradient * gradient, square, _MEMORY[1]), square))
+            scale = (square * over(1 / biased[1], leaf)).sqrt_().add_(_TINY)
+            leaf.copy_(kept(torch.addcdiv(leaf, over(rate / biased[0], leaf) * mean, scale), leaf))
+
+    def midway(self, state: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> None:
+        """Moments as large as the gradient.
+
+        From zero Adam takes its sign alone, and rounding would turn that of a small one.
+        """
+        state["count"].add_(3.0)
+        for name, gradient in gradients.items():
+            size = torch.nan_to_num(gradient).norm() / max(gradient.numel(), 1) ** 0.5
+            state["mean"][name].copy_(size * torch.randn_like(gradient))
+            state["square"][name].copy_(size.square() * (0.5 + torch.rand_like(gradient)))
+
+
+def over(each: Tensor, leaf: Tensor) -> Tensor:
+    """One number of each member, shaped to multiply a leaf, (member, *)."""
+    return each.reshape((*each.shape, *[1] * (leaf.ndim - each.ndim)))
+
+
 class Step:
-    """One step of Adam, whole; changes the leaves and the state in place.
+    """One step, whole; changes the leaves and the state in place.
 
     Attributes:
         names: "objective", then the leaves: what may turn out not finite.
-        state: Adam's moments and count, and the running average of the leaves and its count.
+        state: that of the rule, and the running average of the leaves and its count.
         route: "eager" or "compiled".
 
     Args:
@@ -47,6 +120,7 @@ class Step:
             noise of the same shapes.
         members: parameter sets that step together; None where the objective is one number.
         averaging: keeps the running average of the leaves.
+        rule: how the leaves are moved; it is given the same noise as the objective.
     """
 
     def __init__(
@@ -56,20 +130,18 @@ class Step:
         noise: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = lambda batch: (),
         members: int | None = None,
         averaging: bool = False,
+        rule: Rule | None = None,
     ):
         self.objective, self.noise, self.leaves = objective, noise, dict(leaves)
+        self.rule = rule or Adam()
         self.names = ["objective", *self.leaves]
         lead = () if members is None else (members,)
         first = next(iter(self.leaves.values()))
         numbers = {"device": first.device, "dtype": first.dtype}
-        zeros = lambda: {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
-        self.state: dict[str, Any] = {
-            "mean": zeros(),
-            "square": zeros(),
-            "count": torch.zeros(lead, **numbers),
-        }
+        self.state = self.rule.begin(self.leaves, torch.zeros(lead, **numbers))
         if averaging:
-            self.state |= {"average": zeros(), "averaged": torch.zeros(lead, **numbers)}
+            average = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+            self.state |= {"average": average, "averaged": torch.zeros(lead, **numbers)}
         self.route = "eager"
         self._rate, self._weight = torch.zeros(lead, **numbers), torch.zeros((), **numbers)
         self._given: Any = None
@@ -116,7 +188,8 @@ class Step:
         value = self.objective(leaves, batch, weight, noise)
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
         with torch.no_grad():
-            return _advance(leaves, _whole(gradients, leaves), state, value.detach(), rate, False)
+            gradients = _whole(gradients, leaves)
+            return self._advance(leaves, gradients, state, value.detach(), rate, noise, False)
 
     def _pure(
         self,
@@ -134,7 +207,49 @@ class Step:
             return value.sum(), value
 
         gradients, value = grad(total, has_aux=True)(dict(leaves))
-        return _advance(leaves, gradients, state, value, rate, True)
+        return self._advance(leaves, gradients, state, value, rate, noise, True)
+
+    def _advance(
+        self,
+        leaves: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        value: Tensor,
+        rate: Tensor,
+        noise: tuple[Tensor, ...],
+        masked: bool,
+    ) -> Tensor:
+        """Moves the leaves in place, save where the value or the gradient is not finite.
+
+        Args:
+            leaves: to be moved.
+            gradients: of the same names.
+            state: see `Step`.
+            value: the objective, () or (member,).
+            rate: the learning rate, of each member its own.
+            noise: what the rule draws on.
+            masked: True does not look at the numbers, as a trace must not.
+
+        Returns:
+            The value, and the place in `Step.names` of what is not finite, (2, *lead).
+        """
+        lead = value.shape
+        flags = [torch.isfinite(value)]
+        flags += [torch.isfinite(g.reshape((*lead, -1))).all(-1) for g in gradients.values()]
+        numbered = [torch.where(flag, len(flags), number) for number, flag in enumerate(flags)]
+        bad = torch.stack(numbered).amin(0)
+        good = bad == len(flags)
+        if not masked and good.all():
+            kept = lambda new, old: new
+        else:
+            kept = lambda new, old: torch.where(over(good, old), new, old)
+        self.rule.move(leaves, gradients, state, rate, noise, kept)
+        if "average" in state:
+            share = 1 / state["averaged"].add_(good.to(value.dtype))
+            for name, leaf in leaves.items():
+                average = state["average"][name]
+                average.copy_(kept(torch.lerp(average, leaf, over(share, leaf)), average))
+        return torch.stack([value, bad.to(value.dtype)])
 
     def hasten(
         self,
@@ -225,11 +340,7 @@ class Step:
         self._program, self._fits, self.route = run, fits, "compiled"
 
     def _point(self, seed: np.random.SeedSequence, batch: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments at which routes are compared: leaves not far off, moments of a fit on its way.
-
-        The moments are as large as the gradient: from zero Adam takes its sign alone, and rounding
-        would turn that of a small one.
-        """
+        """Arguments at which routes are compared: leaves not far off, the state of a fit midway."""
         with seeded(seed):
             noise = self.noise(batch)
             leaves = {
@@ -239,65 +350,14 @@ class Step:
             value = self.objective(leaves, batch, self._weight + 0.5, noise)
             gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
             state = tree_map(torch.zeros_like, self.state)
-            for name, gradient in _whole(gradients, leaves).items():
-                size = torch.nan_to_num(gradient).norm() / max(gradient.numel(), 1) ** 0.5
-                state["mean"][name] = size * torch.randn_like(gradient)
-                state["square"][name] = size.square() * (0.5 + torch.rand_like(gradient))
-            for name in state.keys() & {"count", "averaged"}:
-                state[name] += 3.0
+            self.rule.midway(state, _whole(gradients, leaves))
+            if "averaged" in state:
+                state["averaged"] += 3.0
             return leaves, state, self._rate + 0.01, self._weight + 0.5, noise, batch
 
 
 def _kinds(batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [(each.shape, each.dtype) for each in batch]
-
-
-def _advance(
-    leaves: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    value: Tensor,
-    rate: Tensor,
-    masked: bool,
-) -> Tensor:
-    """Adam (Kingma and Ba 2015) in place, save where the value or the gradient is not finite.
-
-    Args:
-        leaves: to be moved.
-        gradients: of the same names.
-        state: see `Step`.
-        value: the objective, () or (member,).
-        rate: the learning rate, of each member its own.
-        masked: True does not look at the numbers, as a trace must not.
-
-    Returns:
-        The value, and the place in `Step.names` of what is not finite, (2, *lead).
-    """
-    lead = value.shape
-    flags = [torch.isfinite(value)]
-    flags += [torch.isfinite(g.reshape((*lead, -1))).all(-1) for g in gradients.values()]
-    numbered = [torch.where(flag, len(flags), number) for number, flag in enumerate(flags)]
-    bad = torch.stack(numbered).amin(0)
-    good = bad == len(flags)
-    over = lambda each, leaf: each.reshape((*lead, *[1] * (leaf.ndim - len(lead))))
-    if not masked and good.all():
-        kept = lambda new, old: new
-    else:
-        kept = lambda new, old: torch.where(over(good, old), new, old)
-    count = state["count"].add_(good.to(value.dtype))
-    biased = [1 - memory**count for memory in _MEMORY]  # 0 where no step was taken yet, and kept
-    for name, leaf in leaves.items():
-        mean, square, gradient = state["mean"][name], state["square"][name], gradients[name]
-        mean.copy_(kept(torch.lerp(gradient, mean, _MEMORY[0]), mean))
-        square.copy_(kept(torch.lerp(gradient * gradient, square, _MEMORY[1]), square))
-        scale = (square * over(1 / biased[1], leaf)).sqrt_().add_(_TINY)
-        leaf.copy_(kept(torch.addcdiv(leaf, over(rate / biased[0], leaf) * mean, scale), leaf))
-    if "average" in state:
-        share = 1 / state["averaged"].add_(good.to(value.dtype))
-        for name, leaf in leaves.items():
-            average = state["average"][name]
-            average.copy_(kept(torch.lerp(average, leaf, over(share, leaf)), average))
-    return torch.stack([value, bad.to(value.dtype)])
 
 
 def _whole(gradients: Any, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
