@@ -1,6 +1,7 @@
 """Problems whose posterior is known exactly, and the checks that hold a fit against it."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import arviz as az
@@ -374,3 +375,167 @@ def check_rate_by_concrete_dropout(**settings) -> None:
     assert abs(float(posterior.params["rate.w"] - grid[best.indices])) < 0.03
     constant = 2.5 * math.log(2 * math.pi) + 10 * math.log(18 * math.pi)
     assert abs(-posterior.elbo - constant - float(best.values)) < 0.3
+
+
+def check_regression_by_stochastic_gradient(kind=None, **settings) -> None:
+    """On all rows exact but for h^2; minibatches of 10 of 50 rows may widen by a twentieth."""
+    exact = Regression.make()
+    steps = 6_000 if settings.get("batch_size") else 3_000
+    common = {"chains": 32, "warmup": 600, "steps": steps, "draws": 200}
+    method = (kind or bnn.SGHMC)(**common | settings)
+    posterior = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1)
+    w = posterior.draws["w"]
+    assert_exact(w, exact.mean, exact.sd, ratio=(0.94, 1.06 if method.batch_size is None else 1.1))
+    corr = float(torch.corrcoef(w.flatten(0, 1).T)[0, 1])
+    assert abs(corr + 0.7843) < 0.05
+
+
+def langevin_map(
+    precision: np.ndarray, step: float, friction: float, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(z, v) -> A (z, v) + e, Var e = Q: a step of `SGHMC` on N(0, precision^-1).
+
+    Args:
+        precision: (size, size).
+        step: h.
+        friction: infinite for `SGLD`.
+        noise: covariance of the gradient's own noise, (size, size).
+    """
+    one, h, c = np.eye(len(precision)), step, math.exp(-friction * step)
+    kick = np.hstack([-h * precision, one])  # v after the gradient
+    turn = np.vstack([0.5 * h * (1 + c) * one, c * one])
+    fresh = math.sqrt(1 - c**2) * np.vstack([0.5 * h * one, one])
+    keep = np.block([[one, 0 * one], [0 * one, 0 * one]])
+    return keep + turn @ kick, h**2 * turn @ noise @ turn.T + fresh @ fresh.T
+
+
+def stationary(a: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """P of the discrete Lyapunov equation P = A P A' + Q."""
+    size = len(a)
+    flat = np.linalg.solve(np.eye(size**2) - np.kron(a, a), q.reshape(-1))
+    return flat.reshape(size, size)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Rows y_i ~ N(w, noise) of two columns, prior w ~ N(0, 1): the gradient's noise knows no w."""
+
+    x: Tensor  # counts the rows, no more
+    y: Tensor
+    precision: np.ndarray  # of the posterior
+    scatter: np.ndarray  # covariance of the rows' gradients, about their own mean
+
+    @staticmethod
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        noise = torch.tensor([[1.0, 0.6], [0.6, 2.0]])
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.MultivariateNormal(w, noise), obs=y)
+
+    @classmethod
+    def make(cls) -> "Mean":
+        noise = np.array([[1.0, 0.6], [0.6, 2.0]])
+        rng = np.random.default_rng(5)
+        y = rng.multivariate_normal([0.5, -1.0], noise, size=40)
+        inverse = np.linalg.inv(noise)
+        scatter = inverse @ np.cov(y.T) @ inverse
+        y = torch.tensor(y, dtype=torch.float32)
+        return cls(torch.zeros(40), y, np.eye(2) + 40 * inverse, scatter)
+
+    @property
+    def mean(self) -> np.ndarray:
+        inverse = np.linalg.inv(np.array([[1.0, 0.6], [0.6, 2.0]]))
+        return np.linalg.solve(self.precision, inverse @ self.y.double().numpy().sum(0))
+
+    def noise(self, batch_size: int) -> np.ndarray:
+        """Covariance of the gradient between minibatches drawn without replacement."""
+        return 40**2 * (1 / batch_size - 1 / 40) * self.scatter
+
+
+def check_minibatch_noise(friction: float = 2.0) -> None:
+    """Passes of 4 minibatches of 10 rows: their noise sums to 0 over a pass."""
+    exact, step, count = Mean.make(), 0.12, 4
+    common = {"step_size": step, "preconditioned": False, "batch_size": 10}
+    common |= {"chains": 16, "draws": 500, "steps": 500 * 13, "warmup": 400}
+    method = bnn.SGLD(**common) if math.isinf(friction) else bnn.SGHMC(friction=friction, **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bnn.ApproximationWarning)  # rightly: it is too wide
+        posterior = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=3)
+    a, fresh = langevin_map(exact.precision, step, friction, np.zeros((2, 2)))
+    c = exact.noise(10)
+    memory = math.exp(-friction * step)
+    push = step * np.vstack([0.5 * step * (1 + memory) * np.eye(2), memory * np.eye(2)])
+    powers = [np.linalg.matrix_power(a, k) for k in range(count + 1)]
+    paths = [powers[count - 1 - k] @ push for k in range(count)]
+    share = lambda j, k: 1.0 if j == k else -1.0 / (count - 1)
+    q = sum(powers[k] @ fresh @ powers[k].T for k in range(count))
+    q = q + sum(share(j, k) * paths[j] @ c @ paths[k].T for j in range(count) for k in range(count))
+    phases = [stationary(powers[count], q)]  # after a whole pass; then within the next
+    for last in range(1, count):
+        part = powers[last] @ phases[0] @ powers[last].T
+        part = part + sum(powers[k] @ fresh @ powers[k].T for k in range(last))
+        inner = [powers[last - 1 - k] @ push for k in range(last)]
+        part = part + sum(
+            share(j, k) * inner[j] @ c @ inner[k].T for j in range(last) for k in range(last)
+        )
+        phases.append(part)
+    wanted = np.mean(phases, 0)[:2, :2]  # draws are 13 steps apart: every phase in turn
+    true = np.linalg.inv(exact.precision)
+    assert wanted[0, 0] > 1.1 * true[0, 0]  # else this shows nothing
+    assert_exact(posterior.draws["w"], exact.mean, np.sqrt(np.diag(wanted)), ratio=(0.96, 1.04))
+
+
+def sgd_law(matrices: np.ndarray, noise: np.ndarray, rate: float, momentum: float) -> np.ndarray:
+    """Stationary covariance of SGD's iterates about their mean, exactly.
+
+        u <- momentum u - rate (H_k z + n_k),   z <- z + u,   k uniform over what a batch may be
+
+    Args:
+        matrices: H_k, (batch, size, size).
+        noise: n_k, (batch, size), of mean 0.
+        rate: per unit of the objective.
+        momentum: in [0, 1).
+    """
+    size = matrices.shape[1]
+    lead = np.kron(np.array([[1.0, momentum], [0.0, momentum]]), np.eye(size))
+    pick = np.hstack([np.eye(size), np.zeros((size, size))])
+    push = np.vstack([np.eye(size), np.eye(size)])
+    maps = [lead - rate * push @ h @ pick for h in matrices]
+    jumps = [rate * push @ n for n in noise]
+    q = np.mean([np.outer(j, j) for j in jumps], 0)
+    growth = np.mean([np.kron(a, a) for a in maps], 0)
+    flat = np.linalg.solve(np.eye(4 * size**2) - growth, q.reshape(-1))
+    return flat.reshape(2 * size, 2 * size)[:size, :size]
+
+
+def check_cloud_of_swag(rate: float = 0.05, batch_size: int = 4) -> None:
+    """The gradient's noise knows no w: two values of it, +-, have all of its covariance C."""
+    exact = Mean.make()
+    method = bnn.SWAG(
+        restarts=16,
+        rank=400,
+        collection=4_000,
+        every=8,
+        collection_rate=rate,
+        batch_size=batch_size,
+        momentum=0.5,
+        draws=2_000,
+        steps=500,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the width, rightly, and of the short ascent
+        posterior = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1)
+    root = math.sqrt(2) * np.linalg.cholesky(exact.noise(batch_size)).T
+    jumps = np.vstack([root, -root])
+    cov = sgd_law(np.stack([exact.precision] * 4), jumps, rate / 40, 0.5)
+    sd = np.sqrt(np.diag(cov))
+    # 16 restarts of 3,200 steps that forget in about 20: 2 % of a standard deviation at most
+    scale = posterior.params["swag.scale"].double().square().mean(0).sqrt()
+    assert np.allclose(scale, sd, rtol=0.06), (scale, sd)
+    deviations = posterior.params["swag.deviations"].double()
+    got = (deviations.mT @ deviations).mean(0).numpy() / (method.rank - 1)
+    assert np.allclose(got, cov, atol=0.12 * sd.max() ** 2), (got, cov)
+    w = posterior.draws["w"].double()
+    assert (np.abs(w.mean((0, 1)).numpy() - exact.mean) < 0.1 * sd).all()
+    drawn = np.cov((w - w.mean(1, keepdim=True)).flatten(0, 1).T.numpy())
+    assert np.allclose(drawn, (np.diag(sd**2) + cov) / 2, atol=0.12 * sd.max() ** 2), drawn

@@ -8,13 +8,19 @@ from bnn.inference.mc_dropout import MCDropout
 from bnn.inference.mclmc import MCLMC
 from bnn.inference.nuts import NUTS
 from bnn.inference.randomized_priors import RandomizedPriors
+from bnn.inference.sghmc import SGHMC
+from bnn.inference.sgld import SGLD
 from bnn.inference.svi import SVI
+from bnn.inference.swag import SWAG
 
 __all__ = [
     "MAP",
     "MCLMC",
     "NUTS",
+    "SGHMC",
+    "SGLD",
     "SVI",
+    "SWAG",
     "ConcreteDropout",
     "DeepEnsemble",
     "Laplace",

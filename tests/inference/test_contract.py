@@ -44,6 +44,11 @@ METHODS = {
     "nuts": bnn.NUTS(chains=2, warmup=100, draws=40),
     "mclmc": bnn.MCLMC(chains=2, warmup=100, draws=40),
     "mclmc_unadjusted": bnn.MCLMC(chains=2, warmup=100, draws=40, adjusted=False),
+    "sghmc": bnn.SGHMC(chains=2, warmup=200, steps=300, draws=40),
+    "sghmc_cyclical": bnn.SGHMC(chains=2, warmup=200, steps=300, draws=40, cycles=3),
+    "sgld": bnn.SGLD(chains=1, warmup=200, steps=300, draws=40),
+    "swag": bnn.SWAG(steps=1_000, collection=300, rank=10, draws=30, batch_size=10),
+    "swag_restarts": bnn.SWAG(steps=1_000, collection=300, rank=10, draws=30, restarts=2),
 }
 MINIBATCHED = {k: m for k, m in METHODS.items() if hasattr(m, "batch_size")}
 GROUPS = {

@@ -1,6 +1,7 @@
 """Planted bugs: every exact check must fail on the mistake that it is there to catch."""
 
 import itertools
+import warnings
 from dataclasses import replace
 
 import pyro
@@ -17,6 +18,7 @@ from bnn.inference import (
     _masks,
     _nuts,
     _rowwise,
+    _stochastic_gradient,
     _trajectory,
     concrete_dropout,
 )
@@ -33,7 +35,12 @@ def _fails(check, **settings):
 
 
 @pytest.mark.parametrize(
-    "check", [exact.check_regression_by_nuts, exact.check_regression_by_mean_field]
+    "check",
+    [
+        exact.check_regression_by_nuts,
+        exact.check_regression_by_mean_field,
+        exact.check_regression_by_stochastic_gradient,
+    ],
 )
 def test_likelihood_counted_twice(check, monkeypatch):
     plain = _energy.Energy.terms
@@ -52,6 +59,8 @@ def test_likelihood_counted_twice(check, monkeypatch):
         (exact.check_regression_by_mean_field, {"batch_size": 10}),
         (exact.check_regression_by_mc_dropout, {"batch_size": 25, "length_scale": 4.0}),
         (exact.check_bootstrap_by_deep_ensemble, {"batch_size": 10, **SHORT}),
+        (exact.check_minibatch_noise, {}),
+        (exact.check_cloud_of_swag, {}),
     ],
 )
 def test_minibatch_scale_missing(check, settings, monkeypatch):
@@ -322,3 +331,40 @@ def test_weights_of_other_rows(monkeypatch):
 
     monkeypatch.setattr(_members.Members, "_at", astray)
     _fails(exact.check_bootstrap_by_deep_ensemble, batch_size=10, **SHORT)
+
+
+def test_burn_in_kept_by_sghmc(monkeypatch):
+    plain = _stochastic_gradient._Chains.run
+
+    def from_afar(self, burn, shown):
+        self.z.data += 1e3
+        return plain(self, 4, shown)
+
+    monkeypatch.setattr(_stochastic_gradient._Chains, "run", from_afar)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the temperature: it sees this too
+        _fails(exact.check_regression_by_stochastic_gradient)
+
+
+@pytest.mark.parametrize("fault", ["noise_halved", "gradient_doubled"])
+def test_a_wrong_step_of_sghmc(fault, monkeypatch):
+    plain = _stochastic_gradient.Langevin.move
+
+    def faulty(self, leaves, gradients, state, rate, noise, kept):
+        if fault == "noise_halved":
+            noise = (0.5 * noise[0],)
+        else:
+            gradients = {"mode": 2 * gradients["mode"]}
+        plain(self, leaves, gradients, state, rate, noise, kept)
+
+    monkeypatch.setattr(_stochastic_gradient.Langevin, "move", faulty)
+    with pytest.raises(AssertionError):
+        exact.check_minibatch_noise(2.0)
+
+
+def test_noise_of_swag_that_cancels_over_a_pass(monkeypatch):
+    from bnn.inference._members import Members
+
+    plain = Members.batches
+    monkeypatch.setattr(Members, "batches", lambda self, seed, passes=True: plain(self, seed))
+    _fails(exact.check_cloud_of_swag)

@@ -102,6 +102,32 @@ def test_dropout_has_a_graph(regression, hasty, monkeypatch, method):
     _agree(fast, plainly)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        bnn.SGHMC(chains=3, warmup=40, steps=60, draws=10, batch_size=10),
+        bnn.SGLD(chains=1, warmup=40, steps=60, draws=10),
+        bnn.SWAG(restarts=2, steps=60, collection=60, every=2, rank=5, draws=10, batch_size=10),
+    ],
+    ids=["sghmc", "sgld", "swag"],
+)
+def test_every_rule_has_a_graph(regression, hasty, monkeypatch, method):
+    monkeypatch.setattr(_step, "compiled", _graph_itself)
+    routes, plain = [], _step.Step.hasten
+
+    def watched(self, *args):
+        plain(self, *args)
+        routes.append((type(self.rule).__name__, self.route))
+
+    monkeypatch.setattr(_step.Step, "hasten", watched)
+    fast = _quietly(regression.model, regression.x, regression.y, method=method)
+    assert len(routes) == 2  # Adam, and the rule of the method
+    assert all(route == "compiled" for _, route in routes), routes
+    monkeypatch.setattr(_step, "_FEW", 10**9)
+    plainly = _quietly(regression.model, regression.x, regression.y, method=method)
+    torch.testing.assert_close(fast.draws["w"], plainly.draws["w"], rtol=1e-3, atol=1e-3)
+
+
 _CONVOLUTION = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 2), torch.nn.Flatten())
 
 

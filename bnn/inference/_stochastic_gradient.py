@@ -1,0 +1,346 @@
+"""Stochastic-gradient Langevin dynamics: the one sampler behind `SGHMC` and `SGLD`.
+
+    dz = s v dt,    dv = s grad log p(z, data) dt - friction v dt + sqrt(2 friction) dW
+
+z on the real line, s a scale for each coordinate, the gradient that of a minibatch. A step of
+length h reads one minibatch:
+
+    v <- v + h s g(z);   z <- z + h s v / 2;   v <- c v + sqrt(1 - c^2) xi;   z <- z + h s v / 2
+
+with c = exp(-friction h). On a Gaussian and all rows the z before each step have its variance
+exactly, at every stable h (BAOAB of Leimkuhler and Matthews); elsewhere the error is of order h^2.
+"""
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn.data import Data
+from bnn.diagnostics import RHAT_LIMIT, split_rhat
+from bnn.errors import ApproximationWarning, ConvergenceWarning, FitError, outside
+from bnn.handlers import branch, seeded
+from bnn.inference._energy import Energy
+from bnn.inference._members import Members
+from bnn.inference._optimise import Ascent, maximise
+from bnn.inference._progress import bar
+from bnn.inference._step import Rule, Step, over
+from bnn.inference._stiffness import Stiffness
+from bnn.method import Method, Model, check_count, check_positive
+from bnn.posterior import Posterior
+from bnn.sites import Sites, require_continuous, require_minibatches, require_no_parameters
+
+_CLIMB = 0.5  # of warmup: ascent to a mode; the rest is the sampler's, its draws not kept
+_WIDEST = 10.0  # scales, in those of the prior, where the density is flat
+_LONGEST, _STABLE = 0.6, 0.7  # step size; times the fastest frequency (2 is where steps diverge)
+_NOISE = 0.3  # what minibatches may add to the variance in any direction, relative to it
+_EXPLORING = 0.5  # of a cycle: no draws are kept
+_LIMIT, _NOISY = 0.1, 0.5  # error of the temperature, and noise, above which draws are doubtful
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Method):
+    """The settings of every sampler on minibatches; `SGHMC` says what each is."""
+
+    chains: int = 8
+    draws: int = 250
+    warmup: int = 2_000
+    steps: int = 10_000
+    batch_size: int | None = None
+    step_size: float | None = None
+    cycles: int | None = None
+    preconditioned: bool = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_count(name, chains=self.chains, draws=self.draws, steps=self.steps)
+        check_count(name, warmup=self.warmup)
+        if self.batch_size is not None:
+            check_count(name, batch_size=self.batch_size)
+        if self.step_size is not None:
+            check_positive(name, step_size=self.step_size)
+        if self.cycles is not None:
+            check_count(name, cycles=self.cycles)
+        if not isinstance(self.preconditioned, bool):
+            raise TypeError(f"{name}(preconditioned={self.preconditioned!r}): True or False.")
+        if not self.preconditioned and self.step_size is None:
+            raise ValueError(
+                f"{name}(preconditioned=False) measures no scales that would tell a step size. "
+                "Pass step_size, in units of the coordinates: about a third of the smallest "
+                "posterior standard deviation."
+            )
+        if len(kept_steps(self.steps, self.draws, self.cycles)) < self.draws:
+            raise ValueError(
+                f"{name}(draws={self.draws}, steps={self.steps}, cycles={self.cycles}): "
+                "there are fewer steps to keep than draws. Raise steps, or lower draws."
+            )
+
+    @property
+    def abreast(self) -> int:
+        """Chains: every call of the gradient is for all of them."""
+        return self.chains
+
+    @property
+    @abstractmethod
+    def damping(self) -> float:
+        """Rate at which velocity is forgotten, a unit of time; infinite where it is not kept."""
+
+
+class Langevin(Rule):
+    """The step above, of the leaf "mode". A rate is the step size of a chain.
+
+    The state holds the velocity, the scale s, a centre, and "virial": minus the sum over steps of
+    (z - centre) . grad log p(z, data) / size, whose mean under the density itself is 1.
+    """
+
+    def __init__(self, damping: float):
+        self.damping = damping
+
+    def begin(self, leaves: Mapping[str, Tensor], count: Tensor) -> dict[str, Any]:
+        """See `Rule`."""
+        z = leaves["mode"].detach()
+        return {
+            "velocity": torch.zeros_like(z),
+            "scale": torch.ones_like(z),
+            "centre": z.clone(),
+            "virial": count,
+        }
+
+    def move(
+        self,
+        leaves: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        rate: Tensor,
+        noise: tuple[Tensor, ...],
+        kept: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """See `Rule`."""
+        z, gradient, (fresh,) = leaves["mode"], gradients["mode"], noise
+        velocity, virial, step = state["velocity"], state["virial"], over(rate, z) * state["scale"]
+        pull = -((z - state["centre"]) * gradient).mean(-1)
+        virial.copy_(kept(virial + pull, virial))
+        memory = torch.exp(-self.damping * rate)
+        before = velocity + step * gradient
+        after = over(memory, z) * before + over((1 - memory**2).sqrt(), z) * fresh
+        velocity.copy_(kept(after, velocity))
+        z.copy_(kept(z + 0.5 * step * (before + after), z))
+
+    def midway(self, state: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> None:
+        """Scales as the gradient tells them."""
+        gradient = torch.nan_to_num(gradients["mode"])
+        state["scale"].copy_(1 / (1e-3 + gradient.abs()))
+        state["velocity"].copy_(torch.randn_like(gradient))
+
+
+def kept_steps(steps: int, draws: int, cycles: int | None) -> list[int]:
+    """Steps after which a draw is kept: evenly spread over those that sample."""
+    sampling = [k for k in range(steps) if _phase(k, steps, cycles) >= _EXPLORING]
+    count = min(draws, len(sampling))
+    return [sampling[-(-(i + 1) * len(sampling) // count) - 1] for i in range(count)]
+
+
+def _phase(step: int, steps: int, cycles: int | None) -> float:
+    """How far a cycle has come at a step, in [0, 1); 1 where there are none."""
+    return 1.0 if cycles is None else step * cycles / steps % 1
+
+
+def draw(
+    method: Diffusion,
+    model: Model,
+    data: Data,
+    sites: Sites,
+    *,
+    seed: np.random.SeedSequence,
+    progress: bool,
+) -> Posterior:
+    """Ascends, measures scales, samples: `Method.fit` of the samplers on minibatches."""
+    name = type(method).__name__
+    require_continuous(sites, name)
+    require_no_parameters(sites, name)
+    if data.loader is not None or sites.subsampled or method.batch_size is not None:
+        require_minibatches(sites, name)
+    energy = Energy(model, data, sites)
+    members = Members(method.chains, energy, energy.log_joint, data, method.batch_size)
+    starts = energy.initial(method.chains, branch(seed, 0))
+    z = starts[0] if members.axis is None else starts  # (chain, size), or (size,) of a single one
+    batches = members.batches(branch(seed, 1))
+    climb = max(1, round(_CLIMB * method.warmup))
+    compiled = None if sites.subsampled else branch(seed, 2)
+    with seeded(branch(seed, 3)):
+        maximise(
+            members.objective,
+            {"mode": z},
+            batches,
+            Ascent(steps=climb),
+            label="log joint",
+            what=name,
+            progress=progress,
+            members=members.axis,
+            seed=compiled,
+        )
+    with seeded(branch(seed, 4)):
+        widest = _WIDEST * energy.prior_scale(branch(seed, 5))
+        chains = _Chains(method, members, z, batches, widest)
+        if compiled is not None:
+            first = [next(batches), next(batches)]
+            chains.step.hasten(method.steps + method.warmup - climb, first, branch(compiled, 0))
+        with bar(method.steps + method.warmup - climb, name, progress) as shown:
+            positions, stats = chains.run(method.warmup - climb, shown)
+    warn(name, stats)
+    return Posterior(
+        model=model,
+        method=method,
+        data=data,
+        sites=sites,
+        draws=energy.unflatten(positions),
+        stats=stats,
+    )
+
+
+class _Chains:
+    """Chains on their way."""
+
+    def __init__(
+        self,
+        method: Diffusion,
+        members: Members,
+        z: Tensor,
+        batches: Iterator[tuple[Any, ...]],
+        widest: Tensor,
+    ):
+        self.method, self.z = method, z.detach().requires_grad_()
+        self.batches, self.widest = batches, widest
+        self.stiffness = Stiffness(members, batches)
+        self.rates = [method.step_size or _LONGEST] * method.chains
+        fresh, rule = lambda *_: (torch.randn_like(z),), Langevin(method.damping)
+        self.step = Step(members.objective, {"mode": self.z}, fresh, members.axis, rule=rule)
+        self.noisiest = torch.zeros(method.chains, dtype=torch.float64)
+        self.lost, self.lp = [0] * method.chains, [math.nan] * method.chains
+
+    def run(self, burn: int, shown: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Burns in, with scales measured at the mode and on the way; then draws.
+
+        Returns:
+            Positions, (chain, draw, size), and the statistics, (chain, draw) each.
+        """
+        method = self.method
+        for part in (burn // 4, burn - burn // 4):
+            self.measure()
+            for _ in range(part):
+                self.advance(1.0, shown)
+        wanted = set(kept_steps(method.steps, method.draws, method.cycles))
+        positions: list[Tensor] = []
+        kept: dict[str, list[Tensor]] = {k: [] for k in ("lp", "step_size", "temperature", "noise")}
+        virial, rates = self.step.state["virial"], torch.tensor(self.rates, dtype=torch.float64)
+        total, since = torch.zeros(method.chains, dtype=torch.float64), 0  # since the last draw
+        for number in range(method.steps):
+            phase = _phase(number, method.steps, method.cycles)
+            factor = 1.0 if method.cycles is None else 0.5 * (1 + math.cos(math.pi * phase))
+            if phase < _EXPLORING:
+                since = 0
+            if since == 0:
+                virial.zero_()
+                total.zero_()
+            total += torch.tensor(self.advance(factor, shown), dtype=torch.float64)
+            since += 1
+            if number in wanted:
+                positions.append(self.z.detach().reshape(method.chains, -1).clone())
+                kept["lp"].append(total / since)
+                kept["step_size"].append(factor * rates)
+                kept["temperature"].append(virial.reshape(-1).double() / since)
+                kept["noise"].append(self.noise(factor * rates))
+                since = 0
+        return torch.stack(positions, 1), {k: torch.stack(v, 1) for k, v in kept.items()}
+
+    def advance(self, factor: float, shown: Any) -> list[float]:
+        """One step of every chain, left out where it is not finite.
+
+        Returns:
+            The log joint of each chain before the step, on its minibatch.
+        """
+        outcomes = self.step(next(self.batches), [factor * h for h in self.rates], 1.0)
+        for chain, (value, bad) in enumerate(outcomes):
+            self.lost[chain] = self.lost[chain] + 1 if bad else 0
+            self.lp[chain] = self.lp[chain] if bad else value
+            if self.lost[chain] == 3:
+                raise FitError(
+                    f"{type(self.method).__name__} {chain + 1}: the log density was not finite "
+                    "three times in a row: the chain has run away. Lower step_size (it was "
+                    f"{self.rates[chain]:.2g}), or rescale the data."
+                )
+        shown.update()
+        return self.lp
+
+    def measure(self) -> None:
+        """Scales and step sizes for where the chains are."""
+        z, state, method = self.z.detach(), self.step.state, self.method
+        if method.preconditioned:
+            state["scale"].copy_(self.stiffness.scales(z, self.widest))
+            state["velocity"].normal_()
+        self.noisiest = self.stiffness.noisiest(z, state["scale"]).reshape(-1).double()
+        if method.step_size is None:
+            stable = _STABLE / self.stiffness.stiffest(z, state["scale"]).sqrt().reshape(-1)
+            quiet = (2 * _NOISE * method.damping / self.noisiest).minimum(
+                2 * (_NOISE / self.noisiest).sqrt()
+            )
+            self.rates = stable.minimum(quiet).clamp(max=_LONGEST).tolist()
+        if not all(torch.isfinite(torch.as_tensor(e)).all() for e in (self.rates, state["scale"])):
+            raise FitError(
+                f"{type(method).__name__}: the gradient is not finite where the chains are. "
+                "Rescale the data, or narrow the priors."
+            )
+
+    def noise(self, rates: Tensor) -> Tensor:
+        """What minibatches add at most to the variance in any direction, relative to it, (chain,).
+
+        Their variance c in a scaled direction adds c h / (2 friction) where velocity is kept for
+        many steps, and c h^2 / 4 where it is not; less, since it cancels over a pass.
+        """
+        return self.noisiest * (rates / (2 * self.method.damping)).maximum(rates**2 / 4)
+
+
+def _mean(x: Tensor) -> tuple[float, float]:
+    """The mean of (chain, draw) and its standard error, from blocks of a quarter of each chain."""
+    blocks = torch.cat([block.mean(1) for block in x.chunk(4, 1)])
+    return float(blocks.mean()), float(blocks.std()) / math.sqrt(len(blocks))
+
+
+def warn(name: str, stats: dict[str, Tensor]) -> None:
+    """One warning for a wrong spread, one for chains that disagree."""
+    mean, error = _mean(stats["temperature"])
+    noise, h = float(stats["noise"].mean()), float(stats["step_size"].mean())
+    if not noise <= _NOISY:
+        warnings.warn(
+            f"{name}: the noise of minibatches adds up to {noise:.2g} times the posterior's "
+            f"variance in its noisiest direction. Lower step_size (now {h:.2g}) and raise steps, "
+            "or raise batch_size.",
+            ApproximationWarning,
+            stacklevel=outside(),
+        )
+    elif not abs(mean - 1) <= max(_LIMIT, 4 * error):
+        cause = (
+            "narrower than the posterior: the chains have not filled it. Raise warmup and steps"
+            if mean < 1
+            else f"wider than the posterior. Lower step_size (now {h:.2g}) and raise steps"
+        )
+        warnings.warn(
+            f"{name}: the draws' temperature is {mean:.2f} and should be 1: on average over "
+            f"directions they are {cause}.",
+            ApproximationWarning,
+            stacklevel=outside(),
+        )
+    rhat = split_rhat(stats["lp"])
+    if rhat > RHAT_LIMIT:
+        warnings.warn(
+            f"{name}: the chains disagree, split R-hat of the log density is {rhat:.2f}, above "
+            f"{RHAT_LIMIT}. Raise warmup and steps, and look for several modes.",
+            ConvergenceWarning,
+            stacklevel=outside(),
+        )
