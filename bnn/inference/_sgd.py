@@ -128,7 +128,7 @@ def collect(
     variance = (square - len(moments) * mean**2) / (len(moments) - 1)
     cloud = {
         "mean": (mode.double() + mean).reshape(count, -1),
-        "scale": variance.sqrt().reshape(count, -1),
+        "scale": variance.clamp(min=0).sqrt().reshape(count, -1),
         "deviations": (iterates - mean.unsqueeze(-2)).reshape(count, rank, -1),
     }
     virial = step.state["virial"].reshape(-1) / (moments.stop - moments.start)

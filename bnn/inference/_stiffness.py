@@ -105,5 +105,5 @@ class Stiffness:
 
 
 def _unit(direction: Tensor) -> Tensor:
-    """Of length 1."""
-    return direction / direction.norm(dim=-1, keepdim=True)
+    """Of length 1; 0 stays 0."""
+    return direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-30)

@@ -287,9 +287,8 @@ class _Chains:
         self.noisiest = self.stiffness.noisiest(z, state["scale"]).reshape(-1).double()
         if method.step_size is None:
             stable = _STABLE / self.stiffness.stiffest(z, state["scale"]).sqrt().reshape(-1)
-            quiet = (2 * _NOISE * method.damping / self.noisiest).minimum(
-                2 * (_NOISE / self.noisiest).sqrt()
-            )
+            still = 1 / method.damping  # from coth x <= 1 + 1 / x
+            quiet = (still**2 + 4 * _NOISE / self.noisiest).sqrt() - still
             self.rates = stable.minimum(quiet).clamp(max=_LONGEST).tolist()
         if not all(torch.isfinite(torch.as_tensor(e)).all() for e in (self.rates, state["scale"])):
             raise FitError(
@@ -298,18 +297,20 @@ class _Chains:
             )
 
     def noise(self, rates: Tensor) -> Tensor:
-        """What minibatches add at most to the variance in any direction, relative to it, (chain,).
+        """What fresh minibatches would add to the variance in the noisiest direction, (chain,).
 
-        Their variance c in a scaled direction adds c h / (2 friction) where velocity is kept for
-        many steps, and c h^2 / 4 where it is not; less, since it cancels over a pass.
+        Relative to it. Their variance c in a scaled direction adds c h^2 / 4 coth(friction h / 2)
+        where that bends little in a step: c h / (2 friction) where velocity is kept for many
+        steps, c h^2 / 4 where it is not. What cancels over a pass is not taken off.
         """
-        return self.noisiest * (rates / (2 * self.method.damping)).maximum(rates**2 / 4)
+        return self.noisiest * rates**2 / 4 / torch.tanh(self.method.damping * rates / 2)
 
 
 def _mean(x: Tensor) -> tuple[float, float]:
     """The mean of (chain, draw) and its standard error, from blocks of a quarter of each chain."""
     blocks = torch.cat([block.mean(1) for block in x.chunk(4, 1)])
-    return float(blocks.mean()), float(blocks.std()) / math.sqrt(len(blocks))
+    error = float(blocks.std()) / math.sqrt(len(blocks)) if len(blocks) > 1 else math.inf
+    return float(blocks.mean()), error
 
 
 def warn(name: str, stats: dict[str, Tensor]) -> None:
@@ -328,7 +329,8 @@ def warn(name: str, stats: dict[str, Tensor]) -> None:
         cause = (
             "narrower than the posterior: the chains have not filled it. Raise warmup and steps"
             if mean < 1
-            else f"wider than the posterior. Lower step_size (now {h:.2g}) and raise steps"
+            else "wider than the posterior, or less so where minibatches are passes over the rows, "
+            f"whose noise cancels. Lower step_size (now {h:.2g}) and raise steps"
         )
         warnings.warn(
             f"{name}: the draws' temperature is {mean:.2f} and should be 1: on average over "

@@ -5,11 +5,13 @@
 (z on the real line, s a scale for each coordinate.) With exact gradients and short steps the
 posterior is its stationary law. Nothing is accepted or refused, so two errors stay. That of the
 step is of order h^2, and none on a Gaussian (see `_stochastic_gradient`). The noise of minibatches,
-with variance c in a scaled direction, adds up to c h / (2 friction) to the variance there; less,
+with variance c in a scaled direction, adds about c h / (2 friction) to the variance there; less,
 because minibatches are passes over the rows and their noise cancels for all that moves slower than
-a pass. Both are measured: `stats["noise"]` is that bound in the noisiest direction, .3 by default
-and warned of above .5; `stats["temperature"]` is 1 where the spread is right on average over
-directions, and warned of beyond .1.
+a pass. Both are measured. `stats["noise"]` is what fresh minibatches would add in the noisiest
+direction: at most .3 by default, warned of above .5. `stats["temperature"]` is 1 where the spread is
+right on average over directions, and warned of beyond .1 and four of its standard errors; it counts
+noise that cancels over a pass too, so that above 1 it is an upper bound there. `stats["lp"]` is the
+mean log joint of the minibatches since the last draw.
 
 Measured on a tanh net of 8-50-1 (502 weights, 442 rows, diabetes), f at 40 rows against NUTS. On
 all rows, defaults: sd 1.00-1.02 times (.96-1.09 by row), 1,100-1,800 effective draws of 2,000 in 12
@@ -40,7 +42,8 @@ class SGHMC(Diffusion):
     Attributes:
         friction: rate at which momentum is forgotten, a unit of time (a step is step_size long):
             more lets less of the minibatches' noise through, and moves more slowly.
-        chains: independent: start, scales, minibatches and noise are each its own.
+        chains: independent: start, scales, minibatches and noise are each its own (a loader's
+            minibatches are the same for all).
         draws: draws kept from each, evenly spread over the steps.
         warmup: gradient steps before; not kept. The first half ascends to a mode (Adam).
         steps: gradient steps after warmup.

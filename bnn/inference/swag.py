@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bnn.data import Data
-from bnn.errors import ApproximationWarning, ModelError, outside
+from bnn.errors import ApproximationWarning, DataError, ModelError, outside
 from bnn.handlers import branch, constrained_parameters, parameters, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
@@ -125,6 +125,14 @@ class SWAG(Optimised):
                 "only. Use restarts=1, or give them a prior."
             )
         size = self.batch_size or min(-(-data.rows // 10), _LARGEST)
+        if data.loader is not None and not getattr(data.loader.sampler, "replacement", False):
+            raise DataError(
+                "SWAG's width is the noise of minibatches, and that of a loader that passes over "
+                "the rows cancels. Pass tensors, or a loader that draws each batch afresh: "
+                "sampler=RandomSampler(dataset, replacement=True)."
+            )
+        if data.rows == 1:
+            raise ModelError("SWAG's width is the noise of minibatches, and one row has none.")
         if data.loader is None and not sites.subsampled and size >= data.rows:
             raise ModelError(
                 f"SWAG's width is the noise of minibatches, and one of {size} rows of {data.rows} "
