@@ -164,8 +164,8 @@ def train(
     if members.axis and bool((end < _SAME * spread).all()) and all(map(_alike, given)):
         warnings.warn(
             f"The {method.members} members of {what} found the same optimum, so the posterior has "
-            "no variance: its epistemic uncertainty is 0. Use bnn.RandomizedPriors, whose members "
-            "differ, or bootstrap.",
+            "no variance: its epistemic uncertainty is 0. Use bootstrap, or bnn.RandomizedPriors "
+            "with prior=None, whose members differ.",
             ApproximationWarning,
             stacklevel=outside(),
         )

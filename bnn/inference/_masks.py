@@ -119,7 +119,8 @@ def find(
 ) -> tuple[Tensor, Layout]:
     """A starting point, (size,), and where masks can act in the program.
 
-    Found by running it there, and again without the last row.
+    Found by running it there, and again on every second row in the opposite order: who looks at
+    other rows, at a mean over them or at those before, gives itself away.
 
     Raises:
         ModelError: it drops inside of a larger operation.
@@ -134,12 +135,15 @@ def _layout(energy: Energy, z: Tensor, args: tuple[Any, ...]) -> Layout:
     sites, rows = energy.sites, len(args[-1])
     values = energy.values(z.requires_grad_())  # so that what a site feeds shows it
     whole, fewer = _Run(energy, values, args), None
+    order = torch.arange(rows - 1, 0, -2)
     if rows > 1 and sites.plate is not None and sites.row_axis is not None:
         try:
-            fewer = _Run(energy, values, take(args, slice(0, rows - 1)))
+            fewer = _Run(energy, values, take(args, order))
         except Exception:  # the model states how many rows there are
             pass
-    apart = fewer is not None and not sites.subsampled and fewer.starts(whole)
+    if fewer is not None and not fewer.calls_as(whole):
+        fewer = None
+    apart = fewer is not None and not sites.subsampled and fewer.shows(whole, order)
     again = whole if fewer is None else fewer
     places: dict[str, Place] = {}
     for slot in energy.slots:
@@ -148,17 +152,21 @@ def _layout(energy: Energy, z: Tensor, args: tuple[Any, ...]) -> Layout:
         if not calls or not slot.real or sites.latent[slot.name].local:
             continue
         by_row = apart and slot.name not in whole.elsewhere
-        by_row = by_row and all(a.x.ndim >= 2 + a.places and _starts(b.x, a.x) for a, b in calls)
+        by_row = by_row and len({(a.axis, a.inputs, a.groups) for a, _ in calls}) == 1
+        by_row = by_row and all(
+            a.x.ndim >= 2 + a.places and _equal(b.x, a.x, order) for a, b in calls
+        )
         normal = isinstance(innermost(whole.fns[slot.name]), dist.Normal)
         hidden = any(a.x.requires_grad for a, _ in calls)
         places[slot.name] = Place(calls[0][0], hidden, by_row, normal)
-    own = {}
+    own, shown = {}, sites.subsample_size or rows  # rows that a run sees
     for number, (a, b) in enumerate(zip(whole.calls, again.calls, strict=False)):
-        shape = _mask_shape(a, b.x.shape if fewer else [n - (n == rows) for n in a.x.shape[:1]])
+        told = fewer is not None and not sites.subsampled
+        shape = _mask_shape(a, b.x.shape if told else [n - (n == shown) for n in a.x.shape[:1]])
         site = whole.only_into(a)
         if site not in places or places[site].map.inputs != torch.Size(shape).numel():
             site = None
-        own[f"dropout.{number}"] = Own(a.rate, shape, apart and _starts(b.x, a.x), site)
+        own[f"dropout.{number}"] = Own(a.rate, shape, apart and _equal(b.x, a.x, order), site)
     return Layout(places, own)
 
 
@@ -174,10 +182,17 @@ class _Run:
         log_prob = unvalidated(node["fn"]).log_prob(node["value"]).detach()
         self.log_prob = log_prob if axis is None else log_prob.movedim(axis, 0)
 
-    def starts(self, other: "_Run") -> bool:
-        """True if this run shows what the other does, but for its last row."""
-        same = (len(self.maps), len(self.calls)) == (len(other.maps), len(other.calls))
-        return same and _starts(self.log_prob, other.log_prob)
+    def calls_as(self, other: "_Run") -> bool:
+        """True if both runs make the same calls."""
+        sites = [[met.site for met in run.maps] for run in (self, other)]
+        return sites[0] == sites[1] and len(self.calls) == len(other.calls)
+
+    def shows(self, other: "_Run", order: Tensor) -> bool:
+        """True if this run shows rows of the other, in that order, in every map and density."""
+        pairs = [(a.x, b.x) for a, b in zip(self.maps, other.maps, strict=True)]
+        pairs = [(a, b) for a, b in pairs if (len(a), len(b)) == (len(order), len(other.log_prob))]
+        pairs.append((self.log_prob, other.log_prob))
+        return all(_equal(a, b, order) for a, b in pairs)
 
     def only_into(self, call: Call) -> str | None:
         """The weight of the one map that what a dropout returns goes into, and nothing else."""
@@ -194,12 +209,15 @@ def _mask_shape(call: Call, fewer: Sequence[int]) -> tuple[int, ...]:
     return tuple(n if n == m and axis < call.axes else 1 for axis, (n, m) in pairs)
 
 
-def _starts(first: Tensor, second: Tensor) -> bool:
-    """True if one is the other without its last row, to rounding."""
-    if first.shape[1:] != second.shape[1:] or len(first) != len(second) - 1:
+def _equal(first: Tensor, second: Tensor, order: Tensor) -> bool:
+    """True if one is some rows of the other, to rounding."""
+    if first.shape[1:] != second.shape[1:] or len(first) != len(order) or len(second) < 2:
+        return False
+    if len(second) <= int(order[0]):
         return False
     size = float(second.detach().abs().max()) if second.numel() else 0.0
-    return torch.allclose(first, second[:-1], rtol=1e-3, atol=1e-5 * size)
+    tiny = 2e-5 if second.dtype == torch.float32 else 1e-9
+    return torch.allclose(first, second[order], rtol=0.0, atol=tiny * size)
 
 
 class Masked:
@@ -343,6 +361,8 @@ def check_rates(method: str, name: str, rate: Any, *, zero: bool = False) -> Non
         TypeError: not a number, or not by the names of sites.
         ValueError: out of range; 0 is in it where `zero` says so.
     """
+    if isinstance(rate, Mapping) and not rate:
+        raise ValueError(f"{method}({name}={rate!r}): name a site, or pass a number.")
     for site, one in (rate if isinstance(rate, Mapping) else {"": rate}).items():
         number = isinstance(one, int | float) and not isinstance(one, bool)
         if not isinstance(site, str) or not number:

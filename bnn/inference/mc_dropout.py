@@ -43,12 +43,13 @@ class MCDropout(Optimised):
 
     Attributes:
         rate: probability of dropping an input of a linear map: a number, for every map that another
-            one feeds (hidden units; for the only map of a linear model, its inputs); or by site,
-            `{"layers.0.weight": 0.05, "layers.1.weight": 0.2}`, for these alone. None takes the
-            dropout that the net has itself, whether in training mode or not, else .1. A net with
-            batch norm is put in evaluation mode, `net.eval()`; its dropout is drawn all the same.
-        length_scale: l of the prior N(0, 1 / l^2) over weights and biases of linear maps, in place
-            of the model's; None keeps the model's.
+            one, or any latent site, feeds (hidden units; for the only map of a linear model, its
+            inputs); or by site, `{"layers.0.weight": 0.05, "layers.1.weight": 0.2}`, for these
+            alone. A weight that is used transposed (`x @ w.T`) is no map here. None takes the
+            dropout that the net has itself, whether in training mode or not, else .1. Put a net
+            with batch norm in evaluation mode, `net.eval()`; its dropout is drawn all the same.
+        length_scale: l of the prior N(0, 1 / l^2) over weights of linear maps and the biases that
+            their layers add, in place of the model's; None keeps the model's.
         draws: masks that the posterior keeps.
 
     References:

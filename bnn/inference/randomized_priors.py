@@ -116,7 +116,7 @@ class RandomizedPriors(Ensemble):
             require_rows(energy, f"The noise={self.noise!r} of a target")
             rows |= _noisy(energy, self.noise, self.members, branch(seed, 7))
         drawn = energy.prior_draws(self.members, branch(seed, 8))  # (member, size)
-        whole = {"drawn": drawn}
+        whole = {} if callable(self.prior) and not self.anchored else {"drawn": drawn}
 
         def p_at(z: Tensor, args: Sequence[Any]) -> Tensor:
             with At({PREFIX + k: v for k, v in energy.values(z).items()}):
@@ -137,7 +137,7 @@ class RandomizedPriors(Ensemble):
                 moved = about_anchor(energy.values(z), anchor, self.scale)
                 likelihood, prior = terms(elsewhere=moved)
             else:
-                with self._added(own["p"] if "p" in own else p_at(own["drawn"], args)):
+                with self._added(own["p"] if "p" in own else p_at(own.get("drawn", z), args)):
                     likelihood, prior = terms()
             return likelihood + prior
 

@@ -8,10 +8,10 @@ step is of order h^2, and none on a Gaussian (see `_stochastic_gradient`). The n
 with variance c in a scaled direction, adds about c h / (2 friction) to the variance there; less,
 because minibatches are passes over the rows and their noise cancels for all that moves slower than
 a pass. Both are measured. `stats["noise"]` is what fresh minibatches would add in the noisiest
-direction: at most .3 by default, warned of above .5. `stats["temperature"]` is 1 where the spread is
-right on average over directions, and warned of beyond .1 and four of its standard errors; it counts
-noise that cancels over a pass too, so that above 1 it is an upper bound there. `stats["lp"]` is the
-mean log joint of the minibatches since the last draw.
+direction: at most .3 by default, warned of above .5. `stats["temperature"]` is 1 where the spread
+is right on average over directions, and warned of beyond .1 and four of its standard errors; it
+counts noise that cancels over a pass too, so that above 1 it is an upper bound there. `stats["lp"]`
+is the mean log joint of the minibatches since the last draw.
 
 Measured on a tanh net of 8-50-1 (502 weights, 442 rows, diabetes), f at 40 rows against NUTS. On
 all rows, defaults: sd 1.00-1.02 times (.96-1.09 by row), 1,100-1,800 effective draws of 2,000 in 12

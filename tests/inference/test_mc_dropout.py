@@ -176,13 +176,56 @@ def _neighbours(x, y=None):
         pyro.sample("y", dist.Normal(h @ v, 0.3), obs=y)
 
 
+def _earlier_rows(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    with pyro.plate("data", len(x)):
+        h = torch.tanh(x @ w).cumsum(0).sum(1)
+        pyro.sample("y", dist.Normal(h, 0.3), obs=y)
+
+
+def _faintly(x, y=None):
+    """What a row sees of the others is far below the noise."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+    v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    h = torch.tanh(x @ w)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(torch.sigmoid(h + 2 * h.mean(0)) @ v, 30.0), obs=y)
+
+
+def _tied(x, y=None):
+    """One weight, its columns the inputs of the first map and the outputs of the second."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 1]).to_event(2))
+    with pyro.plate("data", len(x)):
+        code = torch.tanh(torch.nn.functional.linear(x, w))
+        pyro.sample("y", dist.Normal((code @ w)[:, 0], 0.3), obs=y)
+
+
+def test_the_net_s_own_masks_are_for_all_rows_under_a_plate_that_draws_some():
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 5), torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.Linear(5, 1)
+    )
+
+    def model(x, y=None):
+        f = bnn.models.sample_weights(net)
+        with pyro.plate("data", len(x), subsample_size=4) as rows:
+            seen = None if y is None else y[rows]
+            pyro.sample("y", dist.Normal(f(x[rows])[:, 0], 0.3), obs=seen)
+
+    posterior = _quick(model, X, Y)
+    f = posterior.predict(X[:1].expand(8, 1)).f
+    assert (f - f[..., :1]).abs().max() < 1e-5
+
+
 def _used_twice(x, y=None):
     w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, 1]).to_event(2))
     with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Normal((x @ w)[:, 0] + 0.1 * w.sum(), 0.3), obs=y)
 
 
-@pytest.mark.parametrize(("model", "site"), [(_neighbours, "v"), (_used_twice, "w")])
+@pytest.mark.parametrize(
+    ("model", "site"),
+    [(_neighbours, "v"), (_used_twice, "w"), (_earlier_rows, "w"), (_faintly, "w"), (_tied, "w")],
+)
 def test_rows_share_masks_where_a_mask_of_a_row_would_be_wrong(model, site):
     masked, z, args = masked_of(model, X, Y, names=[site])
     assert not masked.places[site].by_row

@@ -145,6 +145,9 @@ def test_a_loader_gives_the_same_members(regression):
     drawn = posterior.draws["prior.w"][0]
     each = (regression.x.T @ regression.y + drawn) @ regression.cov
     assert ((posterior.draws["w"][0] + drawn - each).abs() < 0.02 * regression.sd).all()
+    fixed = bnn.RandomizedPriors(members=3, prior=lambda x: x[:, 0], **SHORT)
+    with pytest.warns(bnn.ApproximationWarning, match="prior=None"):  # here as without a loader
+        bnn.fit(regression.model, loader, method=fixed)
     for setting in ({"noise": 1.0}, {"bootstrap": "resample"}):
         with pytest.raises(bnn.DataError, match="does not tell which rows"):
             bnn.fit(regression.model, loader, method=bnn.RandomizedPriors(**setting))

@@ -120,3 +120,22 @@ def test_settings_are_checked(regression):
         bnn.SWAG(momentum=1.0)
     with pytest.raises(bnn.ModelError, match="noise of minibatches"):
         bnn.fit(regression.model, regression.x, regression.y, method=bnn.SWAG(batch_size=50))
+
+
+def test_a_loader_that_passes_over_the_rows_is_refused(regression):
+    """Its noise cancels over a pass, and the cloud would be far too narrow."""
+    rows = torch.utils.data.TensorDataset(regression.x, regression.y)
+    with pytest.raises(bnn.DataError, match="RandomSampler"):
+        bnn.fit(
+            regression.model,
+            torch.utils.data.DataLoader(rows, batch_size=10, shuffle=True),
+            method=bnn.SWAG(steps=20, collection=60, rank=3, draws=5),
+        )
+    afresh = torch.utils.data.RandomSampler(rows, replacement=True)
+    loader = torch.utils.data.DataLoader(rows, batch_size=10, sampler=afresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = bnn.fit(
+            regression.model, loader, method=bnn.SWAG(steps=20, collection=60, rank=3, draws=5)
+        )
+    assert posterior.shape == (1, 5)
