@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions.constraints import is_dependent
 
 from bnn.data import shape_of
 from bnn.errors import ModelError
-from bnn.handlers import At, Capture, Rewrite, is_statement, seeded, unvalidated
+from bnn.handlers import At, Capture, Rewrite, branch, is_statement, seeded, unvalidated
 from bnn.inference._energy import Energy
 from bnn.method import Model, Tensors
+from bnn.observations import innermost
 from bnn.sites import to_support
 
 PREFIX = "prior."
@@ -68,7 +70,8 @@ def require_f(energy: Energy, seed: Any, what: str) -> None:
     """Refuses a model whose observations do not follow from a seam f of its rows.
 
     Raises:
-        ModelError: f is not announced, has no row axis, depends on local sites, or is not used.
+        ModelError: f is not announced, has no row axis, depends on local sites, is not used, is
+            not free on the real line, or is random beyond the sample statements.
     """
     sites, args = energy.sites, energy.data.tensors
     cure = 'Announce it and go on with what that returns: f = pyro.deterministic("f", f).'
@@ -95,16 +98,40 @@ def require_f(energy: Energy, seed: Any, what: str) -> None:
     if clash := [name for name in sites.latent if name.startswith(PREFIX)]:
         raise ModelError(f'{what} calls its own sites "{PREFIX}..."; rename "{clash[0]}".')
     values = energy.values(energy.prior_draws(1, seed)[0])
+    still, up = lambda f: f, lambda f: f + (1 + f.abs()) * (1 + torch.rand_like(f))
     densities = []
-    for moved in (lambda f: f, lambda f: f + (1 + f.abs()) * torch.randn_like(f)):
-        with seeded(seed), Rewrite({SEAM: moved}), Capture(sites.observed) as run, At(values):
+    for moved, key in ((still, 0), (still, 1), (up, 0), (lambda f: 2 * f - up(f), 0)):
+        seeds = branch(seed, key)
+        with seeded(seeds), Rewrite({SEAM: moved}), Capture(sites.observed) as run, At(values):
             energy.model(*args)
+        if moved is not still and (broken := _broken(run.fn)):
+            raise ModelError(
+                f'{what} adds a function to the seam "{SEAM}", which takes {broken} of '
+                f'"{sites.observed}" out of its range. Announce f before the link: logits, a log '
+                "rate, a mean."
+            )
         densities.append(unvalidated(run.fn).log_prob(run.value))
-    if torch.equal(*densities):
+    if not torch.equal(*densities[:2]):
+        raise ModelError(
+            f"{what} adds a fixed function to the model's own, which differs between two runs at "
+            "the same weights. Is a dropout layer in training mode? Call net.eval(), or fit with "
+            "bnn.MCDropout()."
+        )
+    if torch.equal(densities[0], densities[2]):
         raise ModelError(
             f'{what} adds a function to the seam "{SEAM}", and "{sites.observed}" is distributed '
             f"the same whatever that is: the model drops what pyro.deterministic returns. {cure}"
         )
+
+
+def _broken(fn: Any) -> str:
+    """A parameter of a distribution that is out of its range, or nothing."""
+    base = innermost(fn)
+    for name, range_ in base.arg_constraints.items():
+        if name in vars(base) and not range_.is_discrete:
+            if not is_dependent(range_) and not bool(range_.check(getattr(base, name)).all()):
+                return name
+    return ""
 
 
 def about_anchor(

@@ -302,3 +302,31 @@ def test_a_function_of_another_shape_is_refused(regression):
 def test_settings_are_checked(settings, error):
     with pytest.raises(error, match=next(iter(settings))):
         bnn.RandomizedPriors(**settings)
+
+
+def _probability(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        f = pyro.deterministic("f", torch.sigmoid(x @ w))
+        pyro.sample("y", dist.Bernoulli(f), obs=y)
+
+
+def _rate(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        f = pyro.deterministic("f", (x @ w).exp())
+        pyro.sample("y", dist.Poisson(f), obs=y)
+
+
+@pytest.mark.parametrize(("model", "what"), [(_probability, "probs"), (_rate, "rate")])
+def test_an_f_behind_its_link_is_refused(regression, model, what):
+    y = (regression.y > 0).float()
+    with pytest.raises(bnn.ModelError, match=f"takes {what} of"):
+        bnn.fit(model, regression.x, y, method=FEW)
+
+
+def test_an_f_that_is_random_by_itself_is_refused(regression):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Dropout(0.5), torch.nn.Linear(5, 1))
+    model = bnn.models.supervised(net, bnn.models.likelihoods.Gaussian(0.5))
+    with pytest.raises(bnn.ModelError, match=r"net\.eval"):
+        bnn.fit(model, regression.x, regression.y, method=FEW)
