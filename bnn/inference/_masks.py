@@ -247,7 +247,7 @@ class Masked:
             self.rewritten = {slot.name for slot in energy.slots if slot.name in linear}
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """Of the masks that one estimate on so many rows takes; "prior.<site>" is one for all."""
+        """Of the masks that one estimate on so many rows takes; "prior: <site>" is one for all."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.names:
             place = self.places.get(name)
@@ -258,7 +258,7 @@ class Masked:
                 inputs = place.map.inputs
                 shapes[name] = (rows, inputs) if place.by_row else (inputs,)
                 if place.by_row and not place.normal and name not in self.rewritten:
-                    shapes[f"prior.{name}"] = (inputs,)
+                    shapes[f"prior: {name}"] = (inputs,)
         return shapes
 
     def log_joint(
@@ -288,8 +288,8 @@ class Masked:
                 tied[name] = place.map.scaled(values[name], factors[name])
         for name in self.rewritten | self.places.keys():
             mean, drawn = values[name], tied.get(name)
-            if f"prior.{name}" in factors:
-                drawn = self.places[name].map.scaled(mean, factors[f"prior.{name}"])
+            if f"prior: {name}" in factors:
+                drawn = self.places[name].map.scaled(mean, factors[f"prior: {name}"])
             normal = name in self.rewritten or self.places[name].normal
             length_scale = self.length_scale if name in self.rewritten else None
             variance = mean.square() * odds.get(name, 0.0)

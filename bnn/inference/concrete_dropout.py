@@ -169,7 +169,7 @@ class _Bound:
     ) -> Tensor:
         factors = {}
         for name, each in zip(self.masked.shapes(len(batch[-1])), noise, strict=True):
-            logit = logits[name.removeprefix("prior.")]
+            logit = logits[name.removeprefix("prior: ")]
             kept = (-(logit + each) / self.temperature).sigmoid()
             factors[name] = kept * (1 + logit.exp())  # / (1 - p)
         return self._at(z, logits, batch, factors)
@@ -195,6 +195,6 @@ class _Bound:
         count = min(max(_EVALUATIONS // max(len(batch[-1]), 1), 4), 256)
         total = 0.0
         for _ in range(count):
-            factors = {k: hard(s, rates[k.removeprefix("prior.")]) for k, s in shapes.items()}
+            factors = {k: hard(s, rates[k.removeprefix("prior: ")]) for k, s in shapes.items()}
             total += float(self._at(z, logits, batch, factors))
         return total / count

@@ -97,7 +97,7 @@ class MCDropout(Optimised):
 
         def noise(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             shapes = masked.shapes(len(batch[-1]))
-            return tuple(hard(s, rates[k.removeprefix("prior.")]) for k, s in shapes.items())
+            return tuple(hard(s, rates[k.removeprefix("prior: ")]) for k, s in shapes.items())
 
         def objective(
             tensors: Mapping[str, Tensor],

@@ -95,7 +95,7 @@ def _enumerated(masked, z, args, rates, value):
             probability *= math.prod(rate if b == 0 else 1 - rate for b in one.tolist())
             whole = one / (1 - rate)
             factors[name] = whole.expand(rows, -1) if len(shapes[name]) == 2 else whole
-            factors[f"prior.{name}"] = whole
+            factors[f"prior: {name}"] = whole
         total = total + probability * value(factors)
     return total
 
@@ -134,12 +134,12 @@ def test_the_prior_counts_at_masked_weights(prior):
     odds, at = {"2.weight": 0.25}, masked.energy.values(z)
 
     def truth(factors):
-        w = at["2.weight"] * factors["prior.2.weight"]
+        w = at["2.weight"] * factors["prior: 2.weight"]
         replaced = {**at, "2.weight": w}
         return masked.energy.log_joint(masked.energy.flatten(replaced), args, jacobian=False)
 
     ours = lambda factors: masked.log_joint(z, args, factors, odds)
-    sampled = "prior.2.weight" in masked.shapes(12)
+    sampled = "prior: 2.weight" in masked.shapes(12)
     assert sampled == (not isinstance(prior, priors.Normal))
     rates = {"2.weight": 0.2}
     found = _enumerated(masked, z, args, rates, ours)
@@ -233,7 +233,7 @@ def test_rows_share_masks_where_a_mask_of_a_row_would_be_wrong(model, site):
 
     def truth(factors):
         place = masked.places[site].map
-        replaced = {**at, site: place.scaled(at[site], factors[f"prior.{site}"])}
+        replaced = {**at, site: place.scaled(at[site], factors[f"prior: {site}"])}
         return masked.energy.log_joint(masked.energy.flatten(replaced), args)
 
     ours = _enumerated(
@@ -455,3 +455,13 @@ def test_doubt_grows_outside_the_data_of_deepfindr():
     noise = torch.stack([prediction.aleatoric.sqrt(), (7 - far) / 16])[:, far < 6]
     assert torch.corrcoef(noise)[0, 1] > 0.9
     assert (prediction.mean - torch.sin(grid[:, 0] / 2))[far < 6].square().mean().sqrt() < 0.1
+
+
+def test_a_site_may_be_called_prior():
+    net = torch.nn.Sequential()
+    net.add_module("weight", torch.nn.Linear(1, 5))
+    net.add_module("prior", torch.nn.Linear(5, 1))
+    model = bnn.models.supervised(net, likelihoods.Gaussian(0.5))
+    posterior = _quick(model, X, Y, rate={"prior.weight": 0.5})
+    kept = posterior.draws["prior.weight"] != 0
+    assert 0.3 < kept.float().mean() < 0.7
