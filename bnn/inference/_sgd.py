@@ -135,6 +135,15 @@ def collect(
     return {name: each.to(z.dtype) for name, each in cloud.items()}, virial
 
 
+def drawn(cloud: dict[str, Tensor], count: int) -> Tensor:
+    """Draws of the Gaussian of each restart, (restart, draw, size)."""
+    mean, scale, deviations = cloud["mean"], cloud["scale"], cloud["deviations"]
+    restarts, rank, size = deviations.shape
+    own = scale[:, None] * torch.randn(restarts, count, size)
+    common = torch.randn(restarts, count, rank) @ deviations / (rank - 1) ** 0.5
+    return mean[:, None] + (own + common) / 2**0.5
+
+
 class _RunAway(Exception):
     """A member's log density was not finite."""
 

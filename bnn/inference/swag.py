@@ -25,7 +25,6 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bnn.data import Data
@@ -34,8 +33,8 @@ from bnn.handlers import branch, constrained_parameters, parameters, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
 from bnn.inference._optimise import Optimised, maximise
-from bnn.inference._sgd import collect
-from bnn.method import Model, Tensors, check_count, check_positive
+from bnn.inference._sgd import collect, drawn
+from bnn.method import Model, check_count, check_positive
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_continuous, require_minibatches
 
@@ -175,7 +174,7 @@ class SWAG(Optimised):
             params = constrained_parameters()
         _warn_of_width(temperature)
         with seeded(branch(seed, 6)):
-            draws = energy.unflatten(_drawn(cloud, self.draws))
+            draws = energy.unflatten(drawn(cloud, self.draws))
         return Posterior(
             model=model,
             method=self,
@@ -197,12 +196,3 @@ def _warn_of_width(temperature: Tensor) -> None:
             ApproximationWarning,
             stacklevel=outside(),
         )
-
-
-def _drawn(cloud: Tensors, count: int) -> Tensor:
-    """Draws of the Gaussian of each restart, (restart, draw, size)."""
-    mean, scale, deviations = cloud["mean"], cloud["scale"], cloud["deviations"]
-    restarts, rank, size = deviations.shape
-    own = scale[:, None] * torch.randn(restarts, count, size)
-    common = torch.randn(restarts, count, rank) @ deviations / (rank - 1) ** 0.5
-    return mean[:, None] + (own + common) / 2**0.5
