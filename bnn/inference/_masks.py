@@ -6,7 +6,7 @@ for each input (unit, or channel of a convolution) of a linear map. A draw is on
 so it is a draw of the weights, and a function. In the expectation that is optimised every row may
 have a mask of its own, which drops its inputs x in place of columns of M: where rows do not see
 each other the expectation is the same, and its noise averages out over rows. That they do not is
-seen by leaving a row out; where they do, all share the masks of a step.
+seen by a run on some rows in another order; where they do, all share the masks of a step.
 
 Where what a dropout of the net's own returns goes into one linear map and nowhere else, its mask is
 one of that map's weight; else it is a latent site of its own, "dropout.0", shared by all rows.
@@ -211,9 +211,9 @@ def _mask_shape(call: Call, fewer: Sequence[int]) -> tuple[int, ...]:
 
 def _equal(first: Tensor, second: Tensor, order: Tensor) -> bool:
     """True if one is some rows of the other, to rounding."""
-    if first.shape[1:] != second.shape[1:] or len(first) != len(order) or len(second) < 2:
+    if first.shape[1:] != second.shape[1:] or len(first) != len(order):
         return False
-    if len(second) <= int(order[0]):
+    if len(second) <= int(order[0]):  # its first axis is not that of the rows
         return False
     size = float(second.detach().abs().max()) if second.numel() else 0.0
     tiny = 2e-5 if second.dtype == torch.float32 else 1e-9

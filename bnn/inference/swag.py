@@ -51,7 +51,8 @@ class SWAG(Optimised):
     swag.mean, swag.scale (m, sqrt v; restart, size) and swag.deviations (restart, rank, size).
 
     Attributes:
-        restarts: clouds, each with starting point, minibatches and rate of its own; chains.
+        restarts: clouds, each with starting point, minibatches (a loader's are those of all) and
+            rate of its own; chains.
         draws: draws from each.
         rank: iterates K kept for their covariances, evenly spread over the collection.
         collection: steps of SGD from the mode; the first fifth is not collected.
