@@ -34,7 +34,7 @@ from bnn.sites import Site, Sites
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
-_SCHEMA = 1
+_SCHEMA = 2
 _AUTOGUIDE = "pyro.infer.autoguide."
 
 
@@ -103,8 +103,9 @@ def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterio
     repeated = manifest["repeated"]
     draws, params = {k: _repeat(v, repeated) for k, v in group("draws").items()}, group("params")
     data = _data(manifest, group("data"), group("batch"), path)
+    method = _method(manifest["method"], code, path)
     try:
-        data, sites = contract.check(model, data)
+        data, sites = contract.check(model, data, adds_sites=method.adds_sites)
     except (ModelError, DataError) as error:
         raise CheckpointError(
             f"The model does not run on the data stored in {path}: {error} "
@@ -112,7 +113,6 @@ def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterio
         ) from error
     _check_draws(draws, group("stats"), tensors.get("history"), path)
     _check_snapshots(draws, group("snapshots"), tensors.get("snapshot_steps"), path)
-    method = _method(manifest["method"], code, path)
     try:
         latent = contract.latent_sites(method.program(model, params), data, sites)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -134,6 +134,7 @@ def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterio
         log_evidence=manifest["log_evidence"],
         snapshots=group("snapshots"),
         snapshot_steps=tensors.get("snapshot_steps"),
+        count=tuple(manifest["count"]),
         seed=manifest["seed"],
         seconds=manifest["seconds"],
     )
@@ -238,6 +239,7 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
         "names": list(posterior.data.names),
         "columns": posterior.data.columns,
         "rows": posterior.data.rows,
+        "count": list(posterior.shape),
         "repeated": posterior.shape[1] if _is_repeated(posterior.draws) else 1,
         "elbo": _plain(posterior.elbo),
         "log_evidence": _plain(posterior.log_evidence),
@@ -264,6 +266,9 @@ def _check_manifest(manifest: Any) -> None:
         "names": texts,
         "columns": lambda v: isinstance(v, dict) and all(texts(c) for c in v.values()),
         "rows": whole,
+        "count": lambda v: (
+            isinstance(v, list) and len(v) == 2 and all(whole(n) and 1 <= n < 2**31 for n in v)
+        ),
         "repeated": lambda v: whole(v) and 1 <= v < 2**31,
         "elbo": lambda v: v is None or number(v),
         "log_evidence": lambda v: v is None or number(v),

@@ -35,12 +35,13 @@ from bnn.sites import Site, Sites, to_support
 _FAR = 1e4  # observations this many times beyond what the prior can produce: a unit was forgotten
 
 
-def check(model: Model, data: Data) -> tuple[Data, Sites]:
+def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, Sites]:
     """Finds the sites of a model and refuses what would run to a wrong answer.
 
     Args:
         model: the user's model.
         data: its arguments, from `read`.
+        adds_sites: True if the method has something to infer in a model without latent sites.
 
     Returns:
         The data in the dtypes that the likelihood takes, and the sites.
@@ -86,7 +87,7 @@ def check(model: Model, data: Data) -> tuple[Data, Sites]:
             predicts=True,
             names=data.names,
         )
-        if not latent and not sites.params:
+        if not latent and not sites.params and not adds_sites:
             raise ModelError(
                 f"{_name(model)} has nothing to infer: no latent site and no pyro.param. "
                 'Give a weight a prior: pyro.sample("w", dist.Normal(0., 1.)).'

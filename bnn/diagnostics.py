@@ -2,12 +2,34 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from bnn.errors import ConvergenceWarning
 
 RHAT_LIMIT = 1.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at in a fit.
+
+    Attributes:
+        name: what it is, "R-hat of f".
+        value: what was found.
+        threshold: where it becomes doubtful; None for what is told without a limit.
+        doubtful: True where the answer should not be trusted without a second look.
+        meaning: what it says, in a sentence.
+        advice: what to do.
+    """
+
+    name: str
+    value: float
+    threshold: float | None
+    doubtful: bool
+    meaning: str
+    advice: str = ""
 
 
 def split_rhat(x: Tensor) -> float:

@@ -61,7 +61,8 @@ def fit(
         )
     root = seed_sequence(seed)
     start = time.perf_counter()
-    read, sites = contract.check(model, arguments.read(model, data))
+    given = arguments.read(model, data)
+    read, sites = contract.check(model, given, adds_sites=method.adds_sites)
     dtype = torch.get_default_dtype()
     weights = sum(math.prod(site.shape) for site in sites.latent.values())
     work = len(read.observations) * weights * method.abreast

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributions import transform_to
 from torch.func import vmap
 from torch.utils._pytree import tree_map
+
+from bnn.errors import ModelError
 
 
 def is_statement(message: Mapping[str, Any]) -> bool:
@@ -61,6 +63,30 @@ class At(Messenger):
             message["value"] = self.values[message["name"]]
         else:
             self.missed = message["name"]
+
+
+class AtMeans(Messenger):
+    """Runs a program with its latent sites at the means of their distributions.
+
+    Args:
+        spared: names of sites that are left alone.
+    """
+
+    def __init__(self, spared: Collection[str]):
+        super().__init__()
+        self.spared = spared
+
+    def _pyro_sample(self, message: Any) -> None:
+        name = message["name"]
+        if message["is_observed"] or not is_statement(message) or name in self.spared:
+            return
+        try:
+            message["value"] = message["fn"].mean
+        except NotImplementedError:
+            raise ModelError(
+                f'The site "{name}" has no mean in closed form ({message["fn"]}), so it cannot '
+                'take its mean\'s place. Predict with mode="draws".'
+            ) from None
 
 
 class Rewrite(Messenger):
@@ -136,10 +162,11 @@ class Capture(Messenger):
     under vmap cannot draw from every distribution, and its caller draws outside.
     """
 
-    def __init__(self, observed: str, *, sampling: bool = True):
+    def __init__(self, observed: str, *, sampling: bool = True, plate: str | None = None):
         super().__init__()
-        self.observed, self.sampling = observed, sampling
+        self.observed, self.sampling, self.plate = observed, sampling, plate
         self.values: dict[str, Tensor] = {}
+        self.local: set[str] = set()  # latent sites met inside the plate
         self.fn: Any = None
         self.value: Any = None
         self.mask: Any = None
@@ -155,8 +182,11 @@ class Capture(Messenger):
             return
         if message["name"] == self.observed:
             self.fn, self.value, self.mask = message["fn"], message["value"], message["mask"]
-        else:
-            self.values[message["name"]] = message["value"]
+            return
+        self.values[message["name"]] = message["value"]
+        inside = any(frame.name == self.plate for frame in message["cond_indep_stack"])
+        if inside and is_statement(message) and not message["is_observed"]:
+            self.local.add(message["name"])
 
 
 @contextmanager
@@ -277,10 +307,11 @@ def over_draws(
     Returns:
         What the function returns, with the draw axis in front.
     """
-    if draws:
-        try:
-            return vmap(function, randomness="different")(dict(draws))
-        except Exception:  # not every program can be lifted; the loop tells what else is wrong
-            pass
+    try:
+        # the numbers give vmap an axis where there are no draws
+        lifted = vmap(lambda draw, number: function(draw), randomness="different")
+        return lifted(dict(draws), torch.arange(count))
+    except Exception:  # not every program can be lifted; the loop tells what else is wrong
+        pass
     runs = [function({k: v[i] for k, v in draws.items()}) for i in range(count)]
     return tree_map(lambda *each: torch.stack(each), *runs)

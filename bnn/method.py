@@ -1,15 +1,16 @@
 """Method: the settings of one way to approximate p(weights | data)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
 if TYPE_CHECKING:
     from bnn.data import Data
+    from bnn.diagnostics import Finding
     from bnn.posterior import Posterior
     from bnn.sites import Sites
 
@@ -27,7 +28,13 @@ class Method(ABC):
     A method is written in one file: a subclass with its settings as fields, `fit`, and, where the
     program that predicts is not the user's model itself, `program`. A setting that `program` needs
     and that may be code, which no file holds, has the field metadata {"predicts": True}.
+
+    Attributes:
+        adds_sites: True for a method whose program states latent sites of its own, so that there
+            is something to infer in a model that has none.
     """
+
+    adds_sites: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -62,6 +69,10 @@ class Method(ABC):
     def program(self, model: Model, params: Tensors) -> Model:
         """The callable that, run at one draw, samples the observations. Default: the model."""
         return model
+
+    def findings(self, posterior: "Posterior") -> "Sequence[Finding]":
+        """What only this method can tell of its fit, for `Posterior.diagnose`. Default: nothing."""
+        return ()
 
 
 def check_count(method: str, **counts: Any) -> None:

@@ -1,10 +1,10 @@
 """Posterior: draws of a model's weights, whatever the method, and what can be done with them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Posterior:
         snapshots: copies of draws while they were trained, (copy, chain, draw, *site), for the
             methods that were asked for some; see `frames`.
         snapshot_steps: steps taken before each copy, (copy,).
+        count: (chain, draw) where the model has no global site, and so `draws` is empty.
         seed: the seed of the fit.
         seconds: how long the fit took.
     """
@@ -74,6 +75,7 @@ class Posterior:
     log_evidence: float | None = None
     snapshots: Tensors = field(default_factory=dict)
     snapshot_steps: Tensor | None = None
+    count: tuple[int, int] = (1, 1)
     seed: int = 0
     seconds: float = math.nan
 
@@ -81,7 +83,7 @@ class Posterior:
     def shape(self) -> tuple[int, int]:
         """(chain, draw)."""
         first = next(iter(self.draws.values()), None)
-        return (1, 1) if first is None else (first.shape[0], first.shape[1])
+        return self.count if first is None else (first.shape[0], first.shape[1])
 
     @property
     def program(self) -> Model:
@@ -107,7 +109,14 @@ class Posterior:
             for i, step in enumerate(steps)
         ]
 
-    def predict(self, *inputs: Any, draws: int | None = None, seed: int = 0) -> Prediction:
+    def predict(
+        self,
+        *inputs: Any,
+        draws: int | None = None,
+        seed: int = 0,
+        seams: Sequence[str] = (),
+        mode: Literal["draws", "mean"] = "draws",
+    ) -> Prediction:
         """Runs the program at each draw on new rows.
 
         Sites inside the data plate are sampled anew: new rows have no fitted ones.
@@ -117,19 +126,43 @@ class Posterior:
                 rows is free; all else is as in the fit.
             draws: use this many of each chain's draws, evenly spread; None uses all.
             seed: of the noise.
+            seams: deterministic sites with a row axis to keep beside the local ones, such as
+                "hidden.0", in `Prediction.local`.
+            mode: "mean" gives sites inside the data plate their mean in place of a draw. Draws of
+                the global sites that are all the same are then run once: one deterministic pass.
 
         Returns:
             Draws of f and y, (chain, draw, row, *), and their moments.
 
         Raises:
             DataError: the inputs are not of the kind that the model was fitted to.
-            ModelError: the model does not run with its observations set to None.
+            ModelError: the model does not run with its observations set to None; it announces no
+                such seam; a site inside the data plate has no mean.
         """
+        if mode not in ("draws", "mean"):
+            raise ValueError(f'mode is {mode!r}. Pass "draws" or "mean".')
         made = arguments.check_inputs(inputs, self.data)
         values, shape = self._pooled(draws)
+        if mode == "mean" and all(bool((v == v[:1]).all()) for v in values.values()):
+            values, shape = {k: v[:1] for k, v in values.items()}, (1, 1)
+        rowed = {name for name, seam in self.sites.seams.items() if seam.local}
+        if isinstance(seams, str) or set(seams) - rowed:
+            raise ModelError(
+                f"seams is {seams!r}. Pass a list of names; the model announces, with a row axis, "
+                f"{', '.join(sorted(rowed)) or 'none'}."
+            )
         root = branch(_root(seed), _PREDICT)
         with self._parameters(made):
-            return predict(self.program, values, made, self.sites, root, shape)
+            return predict(
+                self.program,
+                values,
+                made,
+                self.sites,
+                root,
+                shape,
+                seams=frozenset(seams),
+                means=mode == "mean",
+            )
 
     def log_likelihood(self, *data: Any) -> Tensor:
         """Log p(y | x, draw) of each row, (chain, draw, row).

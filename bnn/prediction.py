@@ -7,7 +7,8 @@ outside, from distributions whose parameters carry a draw axis.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.func import vmap
 
 from bnn.data import take, take_filled
 from bnn.errors import ModelError
-from bnn.handlers import At, Capture, branch, quiet_pyro, seeded, unvalidated
+from bnn.handlers import At, AtMeans, Capture, branch, quiet_pyro, seeded, unvalidated
 from bnn.observations import innermost
 from bnn.sites import Sites, require_every_row
 
@@ -41,7 +42,8 @@ class Prediction:
         epistemic: for numbers the variance over draws of E[y | x, draw]; for labels the mutual
             information of label and draw, in nats.
         probs: for labels, class probabilities averaged over draws, (row, *, class); else None.
-        local: draws of the sites inside the data plate, each (chain, draw, row, *).
+        local: draws of the sites inside the data plate, and of the seams that were asked for, each
+            (chain, draw, row, *).
         inputs: the rows predicted.
     """
 
@@ -126,6 +128,9 @@ def predict(
     sites: Sites,
     seed: np.random.SeedSequence,
     shape: tuple[int, int],
+    *,
+    seams: Collection[str] = (),
+    means: bool = False,
 ) -> Prediction:
     """Runs a program at each draw.
 
@@ -136,6 +141,8 @@ def predict(
         sites: the contract's findings. With a data plate, rows are run in blocks.
         seed: of the noise.
         shape: (chain, draw).
+        seams: deterministic sites to keep beside the local ones.
+        means: sites inside the data plate take their mean in place of a draw.
 
     Returns:
         Draws and moments. Working memory does not grow with rows or draws, where a plate declares
@@ -154,7 +161,7 @@ def predict(
         if block is None:
             apart = bool(rows) and sites.plate is not None and runs_on(program, draws, few)
             block = _ROWS if apart else rows
-        forward = _Forward(program, sites)
+        forward = _Forward(program, sites, seams, means)
         for first in range(0, max(rows or 1, 1), block or 1):
             # No rows: made-up rows give the shapes, and are left out when the draws are kept.
             batch = inputs
@@ -191,9 +198,15 @@ def _made_up(inputs: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
 class _Forward:
     """The program at some draws: lifted over them by vmap, or looped once that has failed."""
 
-    def __init__(self, program: Callable[..., Any], sites: Sites):
-        self.program, self.observed = program, sites.observed
-        self.keep = {"f", *sites.locals}
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        sites: Sites,
+        seams: Collection[str] = (),
+        means: bool = False,
+    ):
+        self.program, self.observed, self.plate = program, sites.observed, sites.plate
+        self.seams, self.means = {"f", *seams}, means
         self.lifted = True
 
     def __call__(
@@ -201,7 +214,7 @@ class _Forward:
     ) -> tuple[Any, dict[str, Tensor]]:
         """The observed site's distribution and the kept sites, a draw axis in front of each."""
         count = part.stop - part.start
-        if self.lifted and draws:
+        if self.lifted:
             try:
                 return self._lifted(draws, batch, count)
             except ModelError:
@@ -215,13 +228,16 @@ class _Forward:
     def _lifted(self, draws: Mapping[str, Tensor], batch: tuple[Tensor, ...], count: int) -> tuple:
         rebuild: list[Callable[[list[Tensor], int], Any]] = []
 
-        def run(draw: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        def run(
+            draw: Mapping[str, Tensor], number: Tensor
+        ) -> tuple[list[Tensor], dict[str, Tensor]]:
             capture = self._capture(draw, batch, sampling=False)
             parts, build = take_apart(capture.fn)
             rebuild.append(build)
-            return parts, {k: v for k, v in capture.values.items() if k in self.keep}
+            return parts, self._kept(capture)
 
-        parts, values = vmap(run, randomness="different")(dict(draws))
+        # the numbers give vmap an axis where there are no draws
+        parts, values = vmap(run, randomness="different")(dict(draws), torch.arange(count))
         return rebuild[0](parts, count), values
 
     def _run(self, draw: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> tuple:
@@ -235,13 +251,18 @@ class _Forward:
                 "It is run as model(*inputs, None): sizes must come from the inputs, "
                 "not from the observations or from the training rows."
             ) from error
-        return unvalidated(capture.fn), {k: v for k, v in capture.values.items() if k in self.keep}
+        return unvalidated(capture.fn), self._kept(capture)
+
+    def _kept(self, capture: Capture) -> dict[str, Tensor]:
+        names = self.seams | capture.local
+        return {k: v for k, v in capture.values.items() if k in names}
 
     def _capture(
         self, draw: Mapping[str, Tensor], batch: tuple[Tensor, ...], *, sampling: bool = True
     ) -> Capture:
-        capture = Capture(self.observed, sampling=sampling)
-        with capture, At(draw):
+        capture = Capture(self.observed, sampling=sampling, plate=self.plate)
+        at_means = AtMeans({self.observed, *draw}) if self.means else nullcontext()
+        with capture, at_means, At(draw):
             self.program(*batch, None)
         if capture.fn is None:
             raise ModelError(

@@ -234,7 +234,7 @@ WRONG = {
     "elbo is a text": {"elbo": "high"},
     "seed is negative": {"seed": -1},
     "seconds is null": {"seconds": None},
-    "newer schema": {"schema": 2},
+    "newer schema": {"schema": 3},
     "schema is a text": {"schema": "1"},
 }
 

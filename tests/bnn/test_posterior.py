@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -339,3 +340,86 @@ def test_double_precision_is_kept(method, rows):
         assert prediction.mean.dtype == posterior.log_likelihood().dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def with_a_site_of_each_row(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        share = pyro.sample("share", dist.Beta(2.0, 6.0))
+        h = pyro.deterministic("hidden", x[:, 0] * share)
+        pyro.sample("y", dist.Normal(w * h, 0.5), obs=y)
+
+
+def _at(model, draws, count=(1, 1)):
+    """A posterior of given draws."""
+    x = torch.ones(4, 1)
+    fitted = bnn.fit(model, x, torch.ones(4), method=FixedMasks(), progress=False)
+    return dataclasses.replace(fitted, draws=draws, count=count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedMasks(bnn.Method):
+    """Learns nothing, and takes a model without latent sites."""
+
+    adds_sites = True
+
+    def fit(self, model, data, sites, *, seed, progress):
+        return bnn.Posterior(model=model, method=self, data=data, sites=sites, draws={})
+
+
+def test_a_seam_is_kept_where_it_is_asked_for():
+    posterior = _at(with_a_site_of_each_row, {"w": torch.ones(2, 30)})
+    x = torch.arange(1.0, 6.0)[:, None]
+    prediction = posterior.predict(x, seams=["hidden"])
+    assert set(prediction.local) == {"share", "hidden"}
+    assert prediction.local["hidden"].shape == (2, 30, 5)
+    torch.testing.assert_close(
+        prediction.local["hidden"], x[:, 0] * prediction.local["share"], rtol=1e-6, atol=0
+    )
+    for wrong in (["attention"], "hidden"):
+        with pytest.raises(bnn.ModelError, match=r"announces, with a row axis, hidden\."):
+            posterior.predict(x, seams=wrong)
+
+
+def test_mode_mean_puts_sites_of_a_row_at_their_means():
+    w = torch.tensor([[1.0, 2.0, 3.0]])
+    x = torch.arange(1.0, 6.0)[:, None]
+    prediction = _at(with_a_site_of_each_row, {"w": w}).predict(x, mode="mean")
+    assert (prediction.local["share"] == 0.25).all()
+    torch.testing.assert_close(prediction.f[0, :, :], w[0, :, None] * x[:, 0] * 0.25)
+
+
+def test_mode_mean_runs_equal_draws_once():
+    x = torch.ones(3, 1)
+    posterior = _at(with_a_site_of_each_row, {"w": torch.ones(2, 30)})
+    assert posterior.predict(x, mode="mean").f.shape == (1, 1, 3)
+    assert posterior.predict(x).f.shape == (2, 30, 3)
+    with pytest.raises(ValueError, match='Pass "draws" or "mean"'):
+        posterior.predict(x, mode="median")
+
+
+def test_mode_mean_names_the_site_that_has_none():
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            logit = dist.Normal(torch.zeros(len(x)), 1.0)
+            squashed = dist.TransformedDistribution(logit, dist.transforms.SigmoidTransform())
+            shift = pyro.sample("shift", squashed)
+            pyro.sample("y", dist.Normal(x[:, 0] + shift, 0.5), obs=y)
+
+    posterior = _at(model, {})
+    with pytest.raises(bnn.ModelError, match='"shift" has no mean in closed form'):
+        posterior.predict(torch.ones(3, 1), mode="mean")
+
+
+def test_a_method_that_adds_sites_takes_a_model_that_has_none(tmp_path):
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x[:, 0], 0.5), obs=y)
+
+    with pytest.raises(bnn.ModelError, match="nothing to infer"):
+        bnn.fit(model, torch.ones(4, 1), torch.ones(4), method=SHORT, progress=False)
+    posterior = _at(model, {}, count=(2, 5))
+    assert posterior.predict(torch.ones(3, 1)).y.shape == (2, 5, 3)
+    assert posterior.log_likelihood().shape == (2, 5, 4)
+    posterior.save(tmp_path / "fit")
+    assert bnn.load(tmp_path / "fit", model).shape == (2, 5)
