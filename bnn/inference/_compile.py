@@ -66,12 +66,21 @@ def compiled(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
         Exception: of many kinds, where there is no C++ compiler or an operation has no code.
     """
     with _quiet_inductor():
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     if examples[0].dtype == torch.float32:
         graph = _rational_tanh(graph)
-    with torch.no_grad(), _quiet_inductor():
-        program: Any = compile_fx_inner(graph, list(examples))
+    # In a context with shapes the inductor looks up on disk what it has made of the same graph and
+    # constants; and the processor's own flags need no trial programs, which take a second each.
+    shapes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with torch.no_grad(), _quiet_inductor(), tracing(TracingContext(shapes)):
+        with config.patch({"cpp.vec_isa_ok": True}):
+            program: Any = compile_fx_inner(graph, list(examples))
+    with torch.no_grad():
         program(list(examples))
 
     def run(*args: Tensor) -> Any:

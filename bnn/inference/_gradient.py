@@ -27,7 +27,7 @@ from bnn.inference._compile import Work, compiled, first_line, graph_of, traced,
 from bnn.inference._energy import Energy
 
 ROUTES = ("compiled", "traced", "vmapped", "looped")
-_COMPILING = 6.0  # seconds that a compilation takes, between its first time and the cached one
+_COMPILING = 3.0  # seconds that a compilation takes, between its first time and the cached one
 _CALL, _NUMBER = 0.4e-6, 0.35e-9  # seconds saved by it in a call, for each operation and number
 _CACHE = 250_000  # float32 numbers that an array may have and stay in a core's own cache (1 MiB)
 _FEW = 4  # lanes: fewer at a time, and the calls cost more than the cache saves

@@ -28,9 +28,14 @@ Objective = Callable[[Mapping[str, Tensor], tuple[Any, ...], Tensor, tuple[Tenso
 _MEMORY = (0.9, 0.99)  # Adam's. A scale starts many times too wide, with gradients thousands of
 # times those at the end: .999 would divide by them for 7,000 steps more
 _TINY = 1e-8
-_COMPILING = 6.0  # seconds that a compilation takes, between its first time and the cached one
+_COMPILING = 3.0  # seconds that a compilation takes, between its first time and the cached one
 _CALL, _NUMBER = 5e-6, 0.1e-9  # seconds that it saves for each operation and number of a step
 _FEW = 1_000  # steps: below, not even the operations are counted
+
+
+def everyone(new: Tensor, old: Tensor) -> Tensor:
+    """The `kept` of a step that no member leaves out."""
+    return new
 
 
 class Rule(ABC):
@@ -52,7 +57,8 @@ class Rule(ABC):
     ) -> None:
         """Changes leaves and state in place: `old.copy_(kept(new, old))`.
 
-        `kept` gives the old where the step of a member is left out, else the new.
+        `kept` gives the old where the step of a member is left out, else the new; where it is
+        `everyone`, a rule may spare itself the copies.
         """
 
     @abstractmethod
@@ -83,6 +89,13 @@ class Adam(Rule):
         biased = [1 - memory**count for memory in _MEMORY]  # 0 before the first step, and kept
         for name, leaf in leaves.items():
             mean, square, gradient = state["mean"][name], state["square"][name], gradients[name]
+            if kept is everyone:  # large leaves are bound by memory: one temporary in place of five
+                mean.lerp_(gradient, 1 - _MEMORY[0])
+                square.mul_(_MEMORY[1]).addcmul_(gradient, gradient, value=1 - _MEMORY[1])
+                scale = (square * over(1 / biased[1], leaf)).sqrt_().add_(_TINY)
+                scale.reciprocal_().mul_(mean).mul_(over(rate / biased[0], leaf))
+                leaf.add_(scale)
+                continue
             mean.copy_(kept(torch.lerp(gradient, mean, _MEMORY[0]), mean))
             square.copy_(kept(torch.lerp(gradient * gradient, square, _MEMORY[1]), square))
             scale = (square * over(1 / biased[1], leaf)).sqrt_().add_(_TINY)
@@ -240,7 +253,7 @@ class Step:
         bad = torch.stack(numbered).amin(0)
         good = bad == len(flags)
         if not masked and good.all():
-            kept = lambda new, old: new
+            kept = everyone
         else:
             kept = lambda new, old: torch.where(over(good, old), new, old)
         self.rule.move(leaves, gradients, state, rate, noise, kept)
@@ -248,7 +261,10 @@ class Step:
             share = 1 / state["averaged"].add_(good.to(value.dtype))
             for name, leaf in leaves.items():
                 average = state["average"][name]
-                average.copy_(kept(torch.lerp(average, leaf, over(share, leaf)), average))
+                if kept is everyone:
+                    average.lerp_(leaf, over(share, leaf))
+                else:
+                    average.copy_(kept(torch.lerp(average, leaf, over(share, leaf)), average))
         return torch.stack([value, bad.to(value.dtype)])
 
     def hasten(
