@@ -230,14 +230,19 @@ def per_call(function: Callable[[], Any], seconds: float) -> float:
     return elapsed(lambda: [function() for _ in range(count)]) / count
 
 
-def per_step(fit: Callable[[int], Any], seconds: float) -> Callable[[], float]:
+def per_step(fit: Callable[[int], Any], seconds: float, few: int = 20) -> Callable[[], float]:
     """Times a step of `fit(steps)` by two fits of different length: set-up takes no part in it.
+
+    Args:
+        fit: of so many steps.
+        seconds: that are timed, about.
+        few: steps of the shorter fit. Where long fits compile and short ones do not, both are to.
 
     Returns:
         A function that fits both and gives the seconds of a step; the longer fit takes about
         `seconds` more than the shorter.
     """
-    few, many = 20, 80
+    many = 4 * few
     fit(few)  # compilers have then filled their caches
     base = elapsed(fit, few)
     while elapsed(fit, many) - base < seconds:

@@ -82,7 +82,8 @@ def bnn_members(problem: Problem, members: int, seconds: float) -> Timed:
         )
         bnn.fit(model, *data, method=method, progress=False)
 
-    return per_step(fit, seconds)
+    few = 20 if seconds < 1 else 1_000 if problem.labels else 10_000
+    return per_step(fit, seconds, few)
 
 
 def demo_data() -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,8 @@ def bnn_svi(problem: Problem, particles: int, seconds: float) -> Timed:
         )
         bnn.fit(model, *data, method=method, progress=False)
 
-    return per_step(fit, seconds)
+    few = 20 if seconds < 1 else 1_000 if problem.labels else 20_000
+    return per_step(fit, seconds, few)
 
 
 def pyro_svi(

@@ -222,7 +222,10 @@ def seeded(seed: np.random.SeedSequence) -> Iterator[None]:
     """Seeds every generator a model may draw from; the caller's are as before afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(_number(seed))
+        if torch.accelerator.is_available():
+            torch.manual_seed(_number(seed))
+        else:  # without one, a note for each kind takes longer than a small prediction
+            torch.default_generator.manual_seed(_number(seed))
         entropy = seed.generate_state(4)
         random.seed(entropy.tobytes())
         np.random.seed(entropy)

@@ -159,8 +159,8 @@ def predict(
         few = (*take(inputs, slice(0, _ROWS)), None)
         block = sites.subsample_size  # a plate that draws so many takes all of so many
         if block is None:
-            apart = bool(rows) and sites.plate is not None and runs_on(program, draws, few)
-            block = _ROWS if apart else rows
+            apart = (rows or 0) > _ROWS and sites.plate is not None
+            block = _ROWS if apart and runs_on(program, draws, few) else rows
         forward = _Forward(program, sites, seams, means)
         for first in range(0, max(rows or 1, 1), block or 1):
             # No rows: made-up rows give the shapes, and are left out when the draws are kept.
