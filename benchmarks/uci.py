@@ -8,7 +8,6 @@ file as it ends: what is there is not run again, and the table can be made from 
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import jobs
 from benchmarks.common import begin, count, skipped, table
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "uci"  # never part of the repository
@@ -342,31 +342,18 @@ def taken(posterior: Any, entry: Entry) -> float:
 
 
 def finished(path: Path) -> dict[Job, dict[str, Any]]:
-    """The results in a file; a line that was cut off as it was written counts as not there."""
-    found, names = {}, {each.name for each in dataclasses.fields(Job)}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            result = json.loads(line)
-            found[Job(**{name: result[name] for name in names})] = result
-        except (ValueError, KeyError):
-            continue
-    return found
-
-
-def append(path: Path, result: dict[str, Any]) -> None:
-    """Adds a line, on a line of its own whatever ended the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        ended = file.read() in (b"", b"\n")
-        file.write(b"" if ended else b"\n")
-        file.write(json.dumps(result).encode() + b"\n")
+    """The results in a file, by job."""
+    names = [each.name for each in dataclasses.fields(Job)]
+    return {
+        Job(**{name: result[name] for name in names}): result
+        for result in jobs.finished(path)
+        if result.keys() >= set(names)
+    }
 
 
 def planned(args: argparse.Namespace) -> list[Job]:
     """Every job asked for, split after split; says what is left out."""
-    jobs = {}
+    planned = {}
     for name in args.sets:
         folder = args.data / SETS[name]
         if not folder.is_dir():
@@ -381,8 +368,8 @@ def planned(args: argparse.Namespace) -> list[Job]:
                 continue
             for number in range(min(args.splits, len(tests))):
                 job = Job(name, number, method, settings, args.gradients, args.inner)
-                jobs[number, len(jobs)] = job
-    return [jobs[key] for key in sorted(jobs)]
+                planned[number, len(planned)] = job
+    return [planned[key] for key in sorted(planned)]
 
 
 def forecast(todo: Sequence[Job], done: Mapping[Job, dict[str, Any]], workers: int) -> str:
@@ -416,7 +403,7 @@ def run_all(todo: Sequence[Job], done: dict[Job, dict[str, Any]], args: argparse
             except Exception as error:  # the others go on, and the next run tries it again
                 skipped(f"{job.set} {job.split} {job.name}", f"{type(error).__name__}: {error}")
                 continue
-            append(args.out, done[job])
+            jobs.append(args.out, done[job])
             ahead = {each.split for each in left}
             told = "" if job.split in ahead or not left else "; " + forecast(left, done, args.jobs)
             print(_progress(done[job]) + told, file=sys.stderr, flush=True)
@@ -485,12 +472,12 @@ def main() -> None:
     parser.add_argument("--inner", action="store_true", help="score held-out training rows")
     args = parser.parse_args()
     begin("UCI regression", args.jobs, threads=1)
-    jobs, done = planned(args), finished(args.out)
-    todo = [job for job in jobs if job not in done]
+    asked, done = planned(args), finished(args.out)
+    todo = [job for job in asked if job not in done]
     if todo and not args.table:
         print(forecast(todo, done, args.jobs), file=sys.stderr, flush=True)
         run_all(todo, done, args)
-    kept = [done[job] for job in jobs if job in done]
+    kept = [done[job] for job in asked if job in done]
     for name in dict.fromkeys(result["set"] for result in kept):
         _, y, _ = _read(args.data / SETS[name])
         rows = "held-out training rows" if args.inner else "test rows"

@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Normal
 
 import bnn
+from benchmarks import jobs as appended
 from benchmarks import uci
 
 ROOT = Path(__file__).parents[2]
@@ -136,10 +137,10 @@ def test_results_survive_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
     jobs = [uci.Job("yacht", number, "MAP", "settings") for number in range(3)]
     results = [uci.dataclasses.asdict(job) | {"seconds": 1.5} for job in jobs]
-    uci.append(path, results[0])
+    appended.append(path, results[0])
     with path.open("a") as file:
         file.write('{"set": "yacht", "spl')
-    uci.append(path, results[2])
+    appended.append(path, results[2])
     assert uci.finished(path) == {jobs[0]: results[0], jobs[2]: results[2]}
     left = uci.forecast([jobs[1]] * 80, uci.finished(path), 2)
     assert "80 fits to go: about 1 min" in left
@@ -149,7 +150,7 @@ def test_a_run_goes_on_where_it_ended(folder, tmp_path):
     out = tmp_path / "results.jsonl"
     settings = uci.METHODS["MAP"].told("yacht", 60, 50)
     done = uci.Job("yacht", 0, "MAP", settings, gradients=50)
-    uci.append(out, uci.run(done, folder.parent))
+    appended.append(out, uci.run(done, folder.parent))
     command = [sys.executable, "-m", "benchmarks.uci", "--data", folder.parent, "--out", out]
     command += ["--sets", "yacht", "wine", "--methods", "MAP", "--gradients", "50", "--splits", "2"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
