@@ -3,6 +3,7 @@
 from bnn import calibration, conformal, models, selective
 from bnn.checkpoint import load
 from bnn.compare import compare
+from bnn.diagnostics import Finding, Report
 from bnn.errors import (
     ApproximationWarning,
     CheckpointError,
@@ -48,6 +49,7 @@ __all__ = [
     "DataError",
     "DataWarning",
     "DeepEnsemble",
+    "Finding",
     "FitError",
     "Laplace",
     "MCDropout",
@@ -57,6 +59,7 @@ __all__ = [
     "Posterior",
     "Prediction",
     "RandomizedPriors",
+    "Report",
     "calibration",
     "compare",
     "conformal",

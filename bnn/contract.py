@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bnn.arguments import call_of
 from bnn.data import Data, shape_of, take_filled
-from bnn.errors import DataError, DataWarning, ModelError
+from bnn.errors import DataError, DataWarning, ModelError, outside
 from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
 from bnn.method import Model
 from bnn.observations import (
@@ -32,6 +32,7 @@ from bnn.observations import (
 )
 from bnn.sites import Site, Sites, to_support
 
+_OFF = 30  # standard deviations from 0: from there on SVI and MAP ended short of a slope, unseen
 _FAR = 1e4  # observations this many times beyond what the prior can produce: a unit was forgotten
 
 
@@ -94,6 +95,7 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
             )
         _check_masks(trace)
         _check_trace(model, data, sites)
+        _warn_of_offset(data)
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
 
 
@@ -394,6 +396,27 @@ def _moves(name: str, site: Site, after: Any) -> bool:
             f'There is no map from the real line to the support of "{name}", {before}. '
             "Write the site as a transform of one that has: positive, an interval, a simplex."
         ) from error
+
+
+def _warn_of_offset(data: Data) -> None:
+    """Tells of a column that is far from 0 and hardly varies: 2013 after 2012."""
+    for name, arg in zip(data.names, data.inputs, strict=False):
+        if not arg.is_floating_point() or arg.ndim not in (1, 2) or len(arg) < 3:
+            continue
+        columns = arg.reshape(len(arg), -1).double()
+        spread = columns.std(0)
+        off = torch.where(spread > 0, columns.mean(0).abs() / spread, 0.0)
+        worst = int(off.argmax()) if off.numel() else 0
+        if off.numel() and off[worst] > _OFF:
+            labels = data.columns.get(name) or range(len(off))
+            column = f', column "{labels[worst]}",' if arg.ndim == 2 else ""
+            warnings.warn(
+                f'"{name}"{column} lies {float(off[worst]):.0f} of its standard deviations from 0. '
+                "A slope in it and an intercept then all but cancel: methods that optimise (SVI, "
+                f"MAP) stop short of the posterior, and samplers are slow. Subtract its mean.",
+                DataWarning,
+                stacklevel=outside(),
+            )
 
 
 def _check_prediction(model: Model, data: Data, sites: Sites) -> bool:

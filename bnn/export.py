@@ -141,6 +141,42 @@ def _attributes(posterior: "Posterior") -> dict[str, Any]:
     }
 
 
+def ess(x: Tensor) -> tuple[float, float]:
+    """The least effective sample sizes of some quantities, (chain, draw, quantity): bulk, tail."""
+    import arviz
+
+    az: Any = arviz
+    values = np.ascontiguousarray(np.moveaxis(x.double().numpy(), -1, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bulk = min(float(az.ess(each, method="bulk")) for each in values)
+        tail = min(float(az.ess(each, method="tail", prob=(0.05, 0.95))) for each in values)
+    return bulk, tail
+
+
+def psis(log_ratios: Tensor) -> tuple[float, float]:
+    """Pareto smoothed importance sampling of log ratios, (draw,).
+
+    Returns:
+        k of the tail, 0 where the ratios are all the same; and the log of the mean ratio, smoothed.
+    """
+    import arviz
+
+    ratios = log_ratios.double().numpy()
+    if np.ptp(ratios) < 1e-9:
+        return 0.0, float(ratios.mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hasattr(arviz, "psislw"):
+            weights, k = arviz.psislw(ratios)
+        else:  # 1.x takes log likelihoods, and turns their sign itself
+            from arviz_stats.base import array_stats  # type: ignore[import-not-found]
+
+            weights, k = array_stats.psislw(-ratios)
+    least = int(ratios.argmin())  # outside the tail: what normalising took off shows there
+    return float(k), float(ratios[least] - weights[least]) - math.log(len(ratios))
+
+
 def loo(posterior: "Posterior") -> tuple[float, float, np.ndarray]:
     """PSIS-LOO by ArviZ: the expected log density of a new row times rows, its standard error, k.
 

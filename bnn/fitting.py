@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnn import arguments, contract
+from bnn import arguments, contract, diagnostics
 from bnn.handlers import quiet_pyro, seeded, threads
 from bnn.method import METHODS, Method, Model
 from bnn.posterior import Posterior
@@ -41,6 +41,11 @@ def fit(
         DataError: the data do not fit the model.
         FitError: the objective stayed non-finite.
 
+    Warns:
+        ConvergenceWarning: what was looked at on the way makes the answer doubtful: of a sampler
+            divergences, energies, tree depth, R-hat of f at 20 rows and of single numbers; of an
+            optimiser an objective that still rose. `Posterior.diagnose` looks at more.
+
     Example:
         >>> import bnn, pyro, torch
         >>> import pyro.distributions as dist
@@ -71,6 +76,7 @@ def fit(
             posterior = method.fit(model, read, sites, seed=root, progress=progress)
         finally:
             torch.set_default_dtype(dtype)
+        diagnostics.warn(diagnostics.convergence.at_fit(posterior))
     return replace(posterior, seed=seed, seconds=time.perf_counter() - start)
 
 

@@ -30,6 +30,8 @@ from bnn.sites import Sites, require_every_row
 if TYPE_CHECKING:
     import os
 
+    from bnn.diagnostics import Report
+
 _PREDICT, _LIKELIHOOD = 1, 2  # branches of the seed tree, apart from the fit's
 _ROWS, _CELLS = 512, 65_536
 
@@ -50,7 +52,8 @@ class Posterior:
         draws: latent site -> (chain, draw, *site), in the space that the model states. Sites
             inside the data plate belong to the training rows.
         params: trainable tensors that have no prior, and tensors of a fitted guide.
-        stats: (chain, draw) each, under ArviZ's names: diverging, energy, tree_depth, lp, ...
+        stats: (chain, draw) each, under ArviZ's names: diverging, energy, tree_depth, lp, ...;
+            log_q, log density of a draw on the real line under a guide or a Gaussian.
         history: objective at each step, (step,), for the methods that optimise; the ELBO for
             variational inference, the log joint for a mode.
         elbo: evidence lower bound of the fit, nats, where the method has one.
@@ -284,6 +287,24 @@ class Posterior:
         from bnn.export import to_arviz
 
         return to_arviz(self, predictions)
+
+    def diagnose(self, *inputs: Any) -> "Report":
+        """What can be said of the fit itself: has it reached the posterior, or anything at all.
+
+        Chains are compared where the model is the same whichever weights make it, in f at some
+        rows, the log density and single numbers such as a noise scale; R-hat of weights is told and
+        never doubtful. What a method alone can tell (k-hat of a guide, diversity of members) stands
+        beside it. `print` the report; `doubtful` lists what should not be passed over.
+
+        Args:
+            *inputs: rows at which f is looked at, as for `predict`; default up to 50 training rows.
+
+        Raises:
+            DataError: the inputs are not of the kind that the model was fitted to.
+        """
+        from bnn.diagnostics import diagnose
+
+        return diagnose(self, *inputs)
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Writes one file: tensors and JSON, nothing that can be executed. See `bnn.load`.

@@ -1,5 +1,6 @@
 """Ensembles: what the methods share whose draws are nets trained side by side."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.diagnostics import Finding
 from bnn.errors import ApproximationWarning, DataError, ModelError, outside
 from bnn.handlers import branch, generator, seeded
 from bnn.inference._energy import Energy
@@ -19,7 +21,7 @@ from bnn.posterior import Posterior
 from bnn.sites import require_continuous, require_minibatches
 
 BOOTSTRAPS = ("bernoulli", "exponential", "resample")
-_SAME = 0.01  # of the spread of the starting points: members closer than that found one mode
+_SAME = 0.01  # of the spread of starting points, or of f over the rows: closer, they found one mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,44 @@ class Ensemble(Optimised):
                 f"{name}(bootstrap={self.bootstrap!r}): known are None, "
                 f"{', '.join(map(repr, BOOTSTRAPS))}."
             )
+
+    def findings(self, posterior: Posterior) -> list[Finding]:
+        """See `Method.findings`."""
+        return [*super().findings(posterior), *of_members(posterior)]
+
+
+def of_members(posterior: Posterior) -> list[Finding]:
+    """How far members disagree in f, and how well so few of them tell a width."""
+    count = posterior.shape[1]
+    if count == 1 or not posterior.sites.predicts:
+        return []
+    f = posterior.predict(*posterior.data.inputs).f.flatten(0, 1).flatten(1)  # (member, quantity)
+    between = f.std(0, correction=0).square().mean().sqrt()
+    share = float(between / f.std().clamp(min=1e-30))
+    alike = not share >= _SAME
+    error = 1 / math.sqrt(2 * (count - 1))
+    return [
+        Finding(
+            name="diversity of members",
+            value=share,
+            threshold=_SAME,
+            doubtful=alike,
+            meaning=f"Members' f differ by {share:.2g} of its standard deviation over the rows"
+            + (
+                ": they found the same function, and epistemic uncertainty is lost."
+                if alike
+                else "."
+            ),
+            advice="Use bootstrap, or bnn.RandomizedPriors with prior=None, whose members differ.",
+        ),
+        Finding(
+            name="members",
+            value=count,
+            threshold=None,
+            doubtful=False,
+            meaning=f"The standard deviation of {count} members is known to {error:.0%}.",
+        ),
+    ]
 
 
 def bootstrap(

@@ -23,6 +23,7 @@ from bnn.handlers import (
     parameters,
     seeded,
 )
+from bnn.inference._energy import Energy
 from bnn.inference._optimise import maximise
 from bnn.method import Model
 from bnn.posterior import Posterior
@@ -120,6 +121,7 @@ def fit_foreign(
             tail = float(history[-max(len(history) // 20, 1) :].mean())
             whole = data.loader is None and not sites.subsampled
             elbo = float(objective(args, 1.0, _EVALUATIONS)) if whole else tail
+            stats = _densities(runs, model, data, sites, automatic) if whole else {}
             params = constrained_parameters()
             for name, leaf in leaves.items():  # a net that the guide closes over is the caller's
                 leaf.copy_(before[name])
@@ -135,9 +137,29 @@ def fit_foreign(
         sites=sites,
         draws=draws,
         params=params,
+        stats={} if isinstance(guide, AutoDelta) else stats,
         history=history,
         elbo=None if isinstance(guide, AutoDelta) else elbo,
     )
+
+
+def _densities(
+    runs: list[Any], model: Model, data: Data, sites: Sites, automatic: bool
+) -> dict[str, torch.Tensor]:
+    """Log q of each draw on the real line, as a statistic of one chain, where a run tells it.
+
+    Helpers of an autoguide are the sites themselves on another scale; those of other guides are
+    integrated over, which a run does not.
+    """
+    helped = any(node.get("infer", {}).get("is_auxiliary") for node in runs[0].nodes.values())
+    if (helped and not automatic) or any(site.discrete for site in sites.latent.values()):
+        return {}
+    energy = Energy(model, data, sites)
+    each = []
+    for run in runs:
+        z = energy.flatten({name: run.nodes[name]["value"] for name in sites.latent})
+        each.append(run.log_prob_sum() + energy.log_jacobian(z))
+    return {"log_q": torch.stack(each)[None].detach().double()}
 
 
 def _is_real(support: Any) -> bool:

@@ -143,6 +143,14 @@ class LowRank:
         return _log_normal(unit, half_log_det) + 0.5 * explained
 
 
+def drawn(family: Any, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draws (count, size), and their log density as a statistic of one chain; of a point none."""
+    z, log_q = family.sample(torch.randn, count)
+    if not family.spreads:
+        return z, {}
+    return z, {"log_q": (family.log_density(z) if log_q is None else log_q)[None].double()}
+
+
 def _capacitance(factor: Tensor, log_scale: Tensor) -> Tensor:
     """I + F^T diag(scale^-2) F, (rank, rank)."""
     scaled = factor / log_scale.exp()[:, None]

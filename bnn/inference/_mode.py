@@ -7,13 +7,15 @@ the posterior: 1 is a standard deviation.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bnn.errors import ConvergenceWarning, FitError
+from bnn.handlers import branch, generator
 from bnn.inference._joint import Joint
 from bnn.inference._precision import Diagonal, NotPositive, Precision
 
@@ -43,11 +45,14 @@ class Mode:
         """The mode with the entries that are held, (size of z,)."""
         return self.joint.lift(self.s)
 
-    def draws(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws of z, (draw, size of z)."""
-        shape = (count, len(self.s))
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return self.joint.lift(self.s + self.precision.spread(noise))
+    def draws(self, count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws of z, (draw, size of z), and their log density under the Gaussian, (draw,)."""
+        noise = torch.randn((count, len(self.s)), generator=source, dtype=torch.float64)
+        each = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(1)
+        return (
+            self.joint.lift(self.s + self.precision.spread(noise)),
+            each + 0.5 * self.precision.log_det,
+        )
 
     def log_evidence(self, given: Iterable[str] = ()) -> float:
         """Log p(data | the given sites), nats: their own prior does not count."""
@@ -55,6 +60,13 @@ class Mode:
         value, _ = self.joint.gradient(self.s, without)
         volume = len(self.s) * math.log(2 * math.pi) - self.precision.log_det
         return value + 0.5 * volume
+
+
+def drawn(modes: Sequence[Mode], count: int, seed: np.random.SeedSequence) -> tuple[Tensor, Tensor]:
+    """Draws of each Gaussian, (mode, draw, size of z), and their log density, (mode, draw)."""
+    each = [m.draws(count, generator(branch(seed, i))) for i, m in enumerate(modes)]
+    draws, log_q = (torch.stack(parts) for parts in zip(*each, strict=True))
+    return draws, log_q
 
 
 def polish(joint: Joint, shape: Shape, *, proof: bool = True) -> Mode:

@@ -5,16 +5,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.diagnostics import Finding
 from bnn.errors import ConvergenceWarning, FitError, outside
+from bnn.inference._importance import of_guide
 from bnn.inference._progress import bar
 from bnn.inference._step import Objective, Step
 from bnn.method import Method, check_count, check_positive
+
+if TYPE_CHECKING:
+    from bnn.posterior import Posterior
 
 _WINDOWS = 40  # stretches that a full run is cut into when convergence is judged
 _DROPS = 2  # times a plateau cuts the learning rate by ten before it ends the fit
@@ -23,6 +28,8 @@ _BUDGET = (0.7, 0.9)  # shares of the steps by which each of these cuts comes at
 _PASSES = 4  # over the rows that a stretch of minibatches takes at least
 _TELLING = 0.3  # nats: minibatches whose mean over a stretch is noisier prove no convergence
 _SHARE = 0.5  # of the steps: what a fit that may stop early takes as a rule
+_MATTERS = 0.1  # nats: a KL that much too large is a mean .45 standard deviations off
+_SIGMA = 3  # of the noise: at the end there is one judgement, and no patience
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
 
@@ -41,7 +48,10 @@ class Optimised(Method):
             plate, that their noise hides a slow rise;
             "cosine" brings it to 0 over `steps`; "constant" keeps it; or a callable of the step
             that gives the factor.
+        goes_on: True for a method whose fit climbs on from there, and judges by itself.
     """
+
+    goes_on: ClassVar[bool] = False
 
     steps: int = 10_000
     learning_rate: float = 0.02
@@ -59,6 +69,44 @@ class Optimised(Method):
                 f'{name}(schedule={self.schedule!r}): known are "plateau", "cosine", "constant", '
                 "or a callable of the step."
             )
+
+    def findings(self, posterior: "Posterior") -> list[Finding]:
+        """See `Method.findings`."""
+        climb = [] if self.goes_on else of_climb(self, posterior)
+        return [*climb, *of_guide(posterior)]
+
+
+def of_climb(settings: Optimised, posterior: "Posterior") -> list[Finding]:
+    """Whether the objective had stopped rising, by the judgements that the fit itself went by."""
+    if posterior.history is None:
+        return []
+    history, sites = posterior.history.tolist(), posterior.sites
+    epoch = None if sites.subsampled else posterior.data.epoch(settings.batch_size)
+    plateau = Plateau(settings.steps, getattr(settings, "annealing", 0), epoch)
+    taken: list[float] = []
+    for value in history if settings.schedule == "plateau" else []:
+        taken.append(value)
+        plateau.judge(taken)
+    if plateau.drops:
+        (gain, limit), rising = plateau.gain, plateau.cut
+    else:
+        gain, limit = plateau.late(history)
+        rising = gain > limit
+    if math.isnan(gain):
+        return []
+    return [
+        Finding(
+            name="rise of the objective",
+            value=gain,
+            threshold=limit,
+            doubtful=rising,
+            meaning=f"At the end of its climb the objective gained {gain:.2g} nats in a sixth of "
+            f"the steps, where {limit:.2g} is noise"
+            + (": it was still rising when steps ran short." if rising else "."),
+            advice=f"Raise steps (now {settings.steps}), or learning_rate "
+            f"(now {settings.learning_rate:g}).",
+        )
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +256,7 @@ class _Climb:
         epoch: int | None,
     ):
         self.step, self.index, self.settings = step, index, settings
+        self.settle, self.epoch = settle, epoch
         plateau = settings.schedule == "plateau"
         self.plateau = Plateau(settings.steps, settle, epoch) if plateau else None
         self.history: list[float] = []
@@ -219,7 +268,12 @@ class _Climb:
 
     @property
     def cut(self) -> bool:
-        return self.plateau is not None and self.plateau.cut
+        if self.plateau is not None:
+            return self.plateau.cut
+        if not isinstance(self.settings, Optimised):  # a phase, which others go on from
+            return False
+        gain, limit = Plateau(self.settings.steps, self.settle, self.epoch).late(self.history)
+        return gain > limit
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied by; 0 once it is over, while others step on."""
@@ -278,6 +332,7 @@ class Plateau:
         self.window = (max(passes, _PASSES) if self.epoch > 1 else passes) * self.epoch
         self.flat = 0  # judgements in a row that found it flat
         self.cut = False  # the budget ended a stage in which the objective was still rising
+        self.gain = (math.nan, math.nan)  # and what is noise, where the last stage ended
 
     def judge(self, history: list[float]) -> str:
         """After each step: "rising", "flat", "over" (a stage, that ended flat); "" untold."""
@@ -287,6 +342,9 @@ class Plateau:
         verdict = self.trend(history) if short or (judged and self.judges) else ""
         self.flat = {"rising": 0, "flat": self.flat + 1, "": self.flat}[verdict]
         if short or self.flat == _PATIENCE:
+            if not self.cut:
+                gain, *limits = self.rise(history)
+                self.gain = gain, max(limits)
             self.cut = self.cut or (short and verdict == "rising")
             passes = -(-len(history) // self.epoch)
             self.drops, self.start, self.flat = self.drops + 1, passes * self.epoch, 0
@@ -303,14 +361,26 @@ class Plateau:
 
         Untold, "", where the noise of minibatches could hide a gain that matters.
         """
+        gain, noise, least = self.rise(history)
+        if math.isnan(gain):
+            return ""
+        if gain > max(noise, least):
+            return "rising"
+        return "" if self.epoch > 1 and noise > _TELLING else "flat"
+
+    def late(self, history: list[float]) -> tuple[float, float]:
+        """Gain at the end of a run that no plateau ended, and what of it would matter."""
+        gain, noise, _ = self.rise(history)
+        return gain, max(_SIGMA * noise, _MATTERS)
+
+    def rise(self, history: list[float]) -> tuple[float, float, float]:
+        """Gain of a stage's last sixth over the one before, its noise, the least told; or NaN."""
         width = max(self.window, (len(history) - self.start) // 6 // self.epoch * self.epoch)
         whole = len(history) - len(history) % self.epoch
         recent = torch.tensor(history[self.start : whole][-2 * width :], dtype=torch.float64)
         if len(recent) < max(2 * width, 4):
-            return ""
+            return math.nan, math.nan, math.nan
         first, second = recent.reshape(2, -1, self.epoch).mean(2)  # (pass,) each
-        gain = second.mean() - first.mean()
         noise = ((first.var() + second.var()) / len(first)).sqrt()
-        if gain > torch.maximum(noise, _RESOLUTION + 1e-6 * second.mean().abs()):
-            return "rising"
-        return "" if self.epoch > 1 and noise > _TELLING else "flat"
+        least = _RESOLUTION + 1e-6 * abs(float(second.mean()))
+        return float(second.mean() - first.mean()), float(noise), least

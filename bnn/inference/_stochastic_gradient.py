@@ -12,7 +12,6 @@ exactly, at every stable h (BAOAB of Leimkuhler and Matthews); elsewhere the err
 """
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 
 from bnn.data import Data
-from bnn.diagnostics import RHAT_LIMIT, split_rhat
-from bnn.errors import ApproximationWarning, ConvergenceWarning, FitError, outside
+from bnn.diagnostics import Finding, warn
+from bnn.errors import ApproximationWarning, FitError
 from bnn.handlers import branch, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
@@ -85,6 +84,10 @@ class Diffusion(Method):
     def abreast(self) -> int:
         """Chains: every call of the gradient is for all of them."""
         return self.chains
+
+    def findings(self, posterior: Posterior) -> list[Finding]:
+        """See `Method.findings`."""
+        return of_spread(posterior.stats)
 
     @property
     @abstractmethod
@@ -193,7 +196,7 @@ def draw(
             chains.step.hasten(method.steps + method.warmup - climb, first, branch(compiled, 0))
         with bar(method.steps + method.warmup - climb, name, progress) as shown:
             positions, stats = chains.run(method.warmup - climb, shown)
-    warn(name, stats)
+    warn(of_spread(stats), ApproximationWarning)
     return Posterior(
         model=model,
         method=method,
@@ -313,36 +316,37 @@ def _mean(x: Tensor) -> tuple[float, float]:
     return float(blocks.mean()), error
 
 
-def warn(name: str, stats: dict[str, Tensor]) -> None:
-    """One warning for a wrong spread, one for chains that disagree."""
+def of_spread(stats: Mapping[str, Tensor]) -> list[Finding]:
+    """Whether the draws are as spread as the posterior: the noise of minibatches, and the whole."""
     mean, error = _mean(stats["temperature"])
     noise, h = float(stats["noise"].mean()), float(stats["step_size"].mean())
-    if not noise <= _NOISY:
-        warnings.warn(
-            f"{name}: the noise of minibatches adds up to {noise:.2g} times the posterior's "
-            f"variance in its noisiest direction. Lower step_size (now {h:.2g}) and raise steps, "
-            "or raise batch_size.",
-            ApproximationWarning,
-            stacklevel=outside(),
-        )
-    elif not abs(mean - 1) <= max(_LIMIT, 4 * error):
-        cause = (
-            "narrower than the posterior: the chains have not filled it. Raise warmup and steps"
+    noisy, limit = not noise <= _NOISY, max(_LIMIT, 4 * error)
+    wrong = not abs(mean - 1) <= limit
+    cause = (
+        "narrower than the posterior: the chains have not filled it"
+        if mean < 1
+        else "wider than the posterior, or less so where minibatches are passes over the rows, "
+        "whose noise cancels"
+    )
+    return [
+        Finding(
+            name="noise of minibatches",
+            value=noise,
+            threshold=_NOISY,
+            doubtful=noisy,
+            meaning=f"The noise of minibatches adds up to {noise:.2g} times the posterior's "
+            "variance in its noisiest direction.",
+            advice=f"Lower step_size (now {h:.2g}) and raise steps, or raise batch_size.",
+        ),
+        Finding(
+            name="|temperature - 1|",
+            value=abs(mean - 1),
+            threshold=limit,
+            doubtful=wrong and not noisy,  # noise says it already
+            meaning=f"The draws' temperature is {mean:.2f} and should be 1"
+            + (f": on average over directions they are {cause}." if wrong else "."),
+            advice="Raise warmup and steps."
             if mean < 1
-            else "wider than the posterior, or less so where minibatches are passes over the rows, "
-            f"whose noise cancels. Lower step_size (now {h:.2g}) and raise steps"
-        )
-        warnings.warn(
-            f"{name}: the draws' temperature is {mean:.2f} and should be 1: on average over "
-            f"directions they are {cause}.",
-            ApproximationWarning,
-            stacklevel=outside(),
-        )
-    rhat = split_rhat(stats["lp"])
-    if rhat > RHAT_LIMIT:
-        warnings.warn(
-            f"{name}: the chains disagree, split R-hat of the log density is {rhat:.2f}, above "
-            f"{RHAT_LIMIT}. Raise warmup and steps, and look for several modes.",
-            ConvergenceWarning,
-            stacklevel=outside(),
-        )
+            else f"Lower step_size (now {h:.2g}) and raise steps.",
+        ),
+    ]

@@ -16,15 +16,14 @@ at the kinks of a ReLU net.
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bnn.data import Data
 from bnn.errors import ConvergenceWarning, ModelError
-from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
+from bnn.handlers import branch, constrained_parameters, parameters, seeded
 from bnn.inference._choice import check_memory, chosen
 from bnn.inference._curvature import curvature
 from bnn.inference._energy import Energy
@@ -32,7 +31,7 @@ from bnn.inference._evidence import scaled, tuned
 from bnn.inference._joint import Joint
 from bnn.inference._linearize import PREFIX, linearized, require_f
 from bnn.inference._members import Members
-from bnn.inference._mode import polish
+from bnn.inference._mode import drawn, polish
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._precision import Precision
 from bnn.inference._whitened import check_held
@@ -91,6 +90,7 @@ class Laplace(Optimised):
     restarts: int = 1
     draws: int = 1_000
     memory: float = 4.0
+    goes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,16 +157,16 @@ class Laplace(Optimised):
             evidence = max(mode.log_evidence(values.keys() - factors.keys()) for mode in modes)
             params = constrained_parameters() | {TUNED + k: v for k, v in values.items()}
         if self.predictive == "linearized":
-            z = modes[0].z
-            params |= {PREFIX + k.name: z[k.span].reshape(k.free) for k in energy.slots}
-        draws = [m.draws(self.draws, generator(branch(seed, 5, i))) for i, m in enumerate(modes)]
+            params |= {PREFIX + k.name: modes[0].z[k.span].reshape(k.free) for k in energy.slots}
+        draws, log_q = drawn(modes, self.draws, branch(seed, 5))
         return Posterior(
             model=model,
             method=self,
             data=data,
             sites=sites,
-            draws=energy.unflatten(torch.stack(draws)),  # (restart, draw, size)
+            draws=energy.unflatten(draws),  # (restart, draw, size)
             params=params,
+            stats={"log_q": log_q},
             history=max(histories, key=lambda h: float(h[-1])),
             log_evidence=evidence if whole else None,
         )

@@ -26,6 +26,7 @@ either where rows are many (every gradient reads all), sites discrete, or a few 
 longer trajectories than the rest (hierarchies: NUTS chooses each trajectory's length).
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,8 @@ import numpy as np
 import torch
 
 from bnn.data import Data
-from bnn.diagnostics import warn_of_sampling
-from bnn.errors import ApproximationWarning, ConvergenceWarning
+from bnn.diagnostics import Finding, warn
+from bnn.errors import ApproximationWarning
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
@@ -148,10 +149,15 @@ class MCLMC(Method):
             draws=energy.unflatten(torch.from_numpy(z)),
             stats=stats,
         )
-        warn_of_sampling(stats)
         if not self.adjusted:
-            _warn_of_energy(stats, energy.size)
+            warn(self.findings(posterior))
         return posterior
+
+    def findings(self, posterior: Posterior) -> list[Finding]:
+        """See `Method.findings`."""
+        sites = posterior.sites.latent.values()
+        size = sum(math.prod(site.shape) for site in sites)
+        return [] if self.adjusted else [_of_energy(posterior.stats, size)]
 
 
 def _warn_of_bias() -> None:
@@ -164,18 +170,19 @@ def _warn_of_bias() -> None:
     )
 
 
-def _warn_of_energy(stats: dict[str, torch.Tensor], size: int) -> None:
+def _of_energy(stats: dict[str, torch.Tensor], size: int) -> Finding:
     """Bias is likely where Metropolis steps would have refused a good part of the stretches."""
-    variance = float(stats["energy_error"].var())
-    if not variance <= _LIMIT:
-        each = float(stats["energy_variance"].mean())
-        warnings.warn(
-            f"The energy error between draws has variance {variance:.2g}, above {_LIMIT} "
-            f"({each:.1g} a step and coordinate, {size} coordinates): the draws are likely biased, "
-            "scales of noise first. Lower energy_variance, or use adjusted=True.",
-            ConvergenceWarning,
-            stacklevel=4,
-        )
+    variance, each = float(stats["energy_error"].var()), float(stats["energy_variance"].mean())
+    return Finding(
+        name="variance of the energy error",
+        value=variance,
+        threshold=_LIMIT,
+        doubtful=not variance <= _LIMIT,
+        meaning=f"The energy error between draws has variance {variance:.2g} "
+        f"({each:.1g} a step and coordinate, {size} coordinates); above {_LIMIT} draws are likely "
+        "biased, scales of noise first.",
+        advice="Lower energy_variance, or use adjusted=True.",
+    )
 
 
 def _show(shown: Any, sampler: "Sampler") -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from bnn.data import Data
-from bnn.diagnostics import warn_of_sampling
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
@@ -131,7 +130,7 @@ class NUTS(Method):
         stats = {name: torch.from_numpy(values) for name, values in kept.items()}
         for name, kind in _KINDS.items():
             stats[name] = stats[name].to(kind)
-        posterior = Posterior(
+        return Posterior(
             model=model,
             method=self,
             data=data,
@@ -139,8 +138,6 @@ class NUTS(Method):
             draws=energy.unflatten(torch.from_numpy(z)),
             stats=stats,
         )
-        warn_of_sampling(stats)
-        return posterior
 
 
 class _Compiling:

@@ -37,7 +37,7 @@ from bnn.handlers import branch, constrained_parameters, generator, parameters, 
 from bnn.inference._elbo import Bound
 from bnn.inference._energy import Energy
 from bnn.inference._foreign_guide import fit_foreign
-from bnn.inference._guide import FAMILIES
+from bnn.inference._guide import FAMILIES, drawn
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._rowwise import Rowwise, flipout, local
 from bnn.method import Model, check_count, check_positive
@@ -146,8 +146,7 @@ class SVI(Optimised):
                 ApproximationWarning,
                 stacklevel=outside(),
             )
-        minibatch = data.loader is not None or sites.subsampled or self.batch_size is not None
-        if minibatch:
+        if data.loader is not None or sites.subsampled or self.batch_size is not None:
             require_minibatches(sites, f'SVI(guide="{self.guide}")')
         energy = Energy(model, data, sites)
         loc = energy.initial(1, branch(seed, 0))[0]
@@ -180,7 +179,7 @@ class SVI(Optimised):
                     seed=None if leftovers or sites.subsampled else branch(seed, 4),
                 )
                 with torch.no_grad():
-                    z = family.sample(torch.randn, self.draws)[0]
+                    z, stats = drawn(family, self.draws)
                     elbo = bound.value(data, sites)
                 params = constrained_parameters()
         draws = {k: v[None] for k, v in energy.unflatten(z).items()}
@@ -194,6 +193,7 @@ class SVI(Optimised):
             sites=sites,
             draws=draws,
             params=params,
+            stats=stats,
             history=history,
             elbo=None if self.guide == "point" else elbo,
         )

@@ -1,6 +1,7 @@
 """The laws of every method. A new method joins by a line in METHODS."""
 
 import io
+import json
 import pickle
 import random
 import warnings
@@ -190,6 +191,16 @@ def test_save_and_load_predict_the_same(posterior, tmp_path):
     x = torch.ones(3, 3)
     assert torch.equal(loaded.predict(x).y, posterior.predict(x).y)
     assert torch.equal(loaded.log_likelihood(), posterior.log_likelihood())
+
+
+def test_diagnose_reports(posterior):
+    report = posterior.diagnose()
+    assert report.findings
+    assert len({each.name for each in report.findings}) == len(report.findings)
+    assert all(each.meaning and isinstance(each.doubtful, bool) for each in report.findings)
+    assert all(each.advice for each in report.doubtful)
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert str(report)
 
 
 def test_arviz_opens_the_same_groups(posterior, tmp_path):

@@ -23,6 +23,7 @@ from bnn.inference import (
     concrete_dropout,
 )
 from tests import exact
+from tests.bnn import test_diagnostics as diagnostics
 from tests.exact import Regression
 from tests.inference import test_estimators as estimators
 
@@ -131,6 +132,12 @@ def test_path_that_keeps_the_score(guide, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "detach", lambda self: self)
     with estimators.double():
         _fails(estimators.check_path, guide=guide)
+
+
+def test_gap_without_the_jacobian(monkeypatch):
+    """Laplace finds its mode by a Jacobian of its own, so only the ratios are wrong."""
+    monkeypatch.setattr(_energy.Energy, "log_jacobian", lambda self, z: z.new_zeros(()))
+    _fails(diagnostics.test_log_q_and_the_jacobian_of_a_positive_site_cancel)
 
 
 def test_kl_sign_turned(monkeypatch):

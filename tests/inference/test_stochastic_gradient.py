@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import bnn
+from bnn.diagnostics import warn
 from bnn.inference._step import Step
-from bnn.inference._stochastic_gradient import Langevin, kept_steps, warn
+from bnn.inference._stochastic_gradient import Langevin, kept_steps, of_spread
 from tests import exact
 from tests.exact import assert_exact, langevin_map, stationary
 
@@ -150,10 +151,10 @@ def test_temperature_tells_a_spread_that_is_too_wide():
     right = 1 + 0.5 * torch.randn(8, 250, generator=generator)
     stats = {"noise": 0.1 * torch.ones(8, 250), "step_size": torch.ones(8, 250), "lp": right}
     with pytest.warns(bnn.ApproximationWarning, match=r"temperature is 1\.3.*wider"):
-        warn("SGHMC", stats | {"temperature": right + 0.3})
+        warn(of_spread(stats | {"temperature": right + 0.3}), bnn.ApproximationWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn("SGHMC", stats | {"temperature": right})
+        warn(of_spread(stats | {"temperature": right}), bnn.ApproximationWarning)
 
 
 def test_temperature_tells_a_spread_that_is_too_narrow(regression):

@@ -1,0 +1,311 @@
+"""Convergence: whether the chains of a sampler agree, and how much their draws are worth."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bnn.diagnostics.functions import Looked, look
+from bnn.diagnostics.report import Finding
+from bnn.errors import ModelError
+
+if TYPE_CHECKING:
+    from bnn.posterior import Posterior
+
+ESS_LIMIT = 400  # Vehtari et al. (2021), section 4: below, R-hat and quantiles are too noisy
+RHAT_LIMIT = 1.01  # the same, of four chains; see `rhat_limit`
+BFMI_LIMIT = 0.3  # Betancourt (2016); Stan's check
+SATURATED = 0.05  # share of trajectories: more, and the draws cost more than they should
+_ENTRIES = 1_000  # of all weights: as many are looked at
+_ROWS, _DRAWS = 20, 4_000  # of f, where every fit looks at it
+
+
+def rhat_limit(chains: int) -> float:
+    """Where R-hat becomes doubtful: 1.01, and more of many short chains.
+
+    In 2 m half chains of a stationary process R-hat is about sqrt(1 + 2 m / ESS). The published
+    limit, 1.01, is that of four chains and an ESS of 400; the same ESS in 16 chains gives 1.04.
+    """
+    return max(RHAT_LIMIT, math.sqrt(1 + 2 * chains / ESS_LIMIT))
+
+
+def rhat(x: Tensor) -> Tensor:
+    """Rank-normalised split R-hat, the larger of bulk and folded; NaN of what does not vary.
+
+    Args:
+        x: (chain, draw, quantity).
+
+    Returns:
+        (quantity,), 1 at agreement.
+
+    References:
+        Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), Rank-normalization, folding, and
+        localization: an improved R-hat for assessing convergence of MCMC.
+    """
+    half = x.shape[1] // 2
+    if half < 2:
+        return torch.full(x.shape[2:], math.nan, dtype=torch.float64)
+    parts = torch.cat([x[:, :half], x[:, -half:]]).double()  # (2 chain, half, quantity)
+    pooled = parts.flatten(0, 1)
+    folded = (pooled - _median(pooled)).abs()
+
+    def one(values: Tensor) -> Tensor:
+        each = _normal_scores(values).reshape(parts.shape)
+        within, between = each.var(1).mean(0), each.mean(1).var(0)
+        return ((half - 1) / half + between / within).sqrt()
+
+    worst = torch.maximum(one(pooled), one(folded))
+    return torch.where(pooled.amax(0) > pooled.amin(0), worst, math.nan)
+
+
+def _median(x: Tensor) -> Tensor:
+    """Over the first axis; of an even number the mean of the two in the middle."""
+    middle = x.sort(0).values[(len(x) - 1) // 2 : len(x) // 2 + 1]
+    return middle.mean(0)
+
+
+def _normal_scores(x: Tensor) -> Tensor:
+    """Normal quantiles of ranks, ties at their mean rank, (draw, quantity)."""
+    ordered, order = x.sort(0)
+    place = torch.arange(len(x))[:, None].expand_as(order)
+    fresh = torch.ones_like(order, dtype=torch.bool)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    first = torch.where(fresh, place, 0).cummax(0).values
+    ends = torch.cat([fresh[1:], fresh[:1]])  # the first is always fresh: so the last ends
+    last = torch.where(ends, place, len(x)).flip(0).cummin(0).values.flip(0)
+    ranks = torch.empty_like(x).scatter_(0, order, (first + last).to(x) / 2 + 1)
+    return torch.special.ndtri((ranks - 0.375) / (len(x) + 0.25))
+
+
+def bfmi(energy: Tensor) -> Tensor:
+    """Bayesian fraction of missing information of each chain, of (chain, draw).
+
+    How far the energy moves from draw to draw, against how far it ranges: small where momenta drawn
+    anew cannot bring a chain through its tails.
+
+    References:
+        Betancourt (2016), Diagnosing suboptimal cotangent disintegrations in Hamiltonian Monte
+        Carlo.
+    """
+    energy = energy.double()
+    return energy.diff(dim=1).square().mean(1) / energy.var(1, correction=0)
+
+
+def of_sampler(stats: Mapping[str, Tensor]) -> list[Finding]:
+    """Divergences, tree depth and energy, where a sampler has noted them.
+
+    Args:
+        stats: (chain, draw) each, under ArviZ's names.
+    """
+    found = []
+    if "diverging" in stats:
+        count, total = int(stats["diverging"].sum()), stats["diverging"].numel()
+        found.append(
+            Finding(
+                name="divergences",
+                value=count,
+                threshold=0,
+                doubtful=count > 0,
+                meaning=f"{count} of {total} draws ended in a divergence"
+                + (
+                    ": the step is too long for some region, which is then under-represented."
+                    if count
+                    else "."
+                ),
+                advice="Raise target_accept (0.95, 0.99), or rewrite the model so that scales and "
+                "what they scale are apart (non-centred).",
+            )
+        )
+    if "energy" in stats and stats["energy"].shape[1] > 3:
+        least = float(bfmi(stats["energy"]).min())
+        found.append(
+            Finding(
+                name="E-BFMI",
+                value=least,
+                threshold=BFMI_LIMIT,
+                doubtful=least < BFMI_LIMIT,
+                meaning=f"The least E-BFMI of a chain is {least:.2f}"
+                + (
+                    f", below {BFMI_LIMIT}: chains move slowly through the tails, which may be cut."
+                    if least < BFMI_LIMIT
+                    else ": energies move as fast as they range."
+                ),
+                advice="Raise warmup, or rewrite the model (non-centred, lighter tails).",
+            )
+        )
+    if "reached_max_treedepth" in stats:
+        share = float(stats["reached_max_treedepth"].double().mean())
+        found.append(
+            Finding(
+                name="tree depth",
+                value=share,
+                threshold=SATURATED,
+                doubtful=share > SATURATED,
+                meaning=f"{share:.0%} of the trajectories reached the largest tree depth before "
+                "they turned" + (": draws are correct and slow." if share > SATURATED else "."),
+                advice="Raise max_tree_depth or warmup, rescale the inputs, or use "
+                'mass_matrix="dense".',
+            )
+        )
+    return found
+
+
+def of_rhat(what: str, value: float, chains: int, where: str = "") -> Finding:
+    """R-hat of what is identified, in chains of a sampler."""
+    limit = rhat_limit(chains)
+    bad = value > limit
+    return Finding(
+        name=f"R-hat of {what}",
+        value=value,
+        threshold=limit,
+        doubtful=bad,
+        meaning=f"The chains {'disagree' if bad else 'agree'}: split R-hat of {what}{where} is "
+        f"{value:.4g}, {'above' if bad else 'below'} {limit:.4g}.",
+        advice="Raise warmup and draws, and look for several modes.",
+    )
+
+
+def of_ess(what: str, bulk: float, tail: float) -> list[Finding]:
+    """Effective sample sizes of what is identified."""
+    parts = (
+        ("bulk", bulk, "the posterior mean", 1 / math.sqrt(max(bulk, 1))),
+        ("tail", tail, "the 5 and 95 % quantiles", None),
+    )
+    return [
+        Finding(
+            name=f"{kind} ESS of {what}",
+            value=value,
+            threshold=ESS_LIMIT,
+            doubtful=not value >= ESS_LIMIT,
+            meaning=f"The draws are worth {value:.0f} independent ones for {of}"
+            + ("." if error is None else f": known to {error:.1g} posterior standard deviations."),
+            advice="Raise draws.",
+        )
+        for kind, value, of, error in parts
+    ]
+
+
+def sampled(posterior: "Posterior") -> bool:
+    """True for the draws of a Markov chain: a sampler notes the step that it took."""
+    return "step_size" in posterior.stats
+
+
+def scalars(posterior: "Posterior") -> tuple[str, ...]:
+    """Global sites of one number, such as a noise scale; entries of larger sites are weights.
+
+    A weight of a net that was written as a number of its own counts as well, but only up to its
+    sign where its sign is all that chains disagree about: see `of_scalars`.
+    """
+    known = posterior.sites.latent
+    return tuple(k for k in posterior.sites.globals if k in posterior.draws and not known[k].shape)
+
+
+def of_scalars(posterior: "Posterior", agreed: bool) -> dict[str, Tensor]:
+    """Values of the identified numbers by name, (chain, draw) each; the log density is one.
+
+    Args:
+        posterior: of a sampler.
+        agreed: chains agree on f. A number whose sign they disagree about, and not its size, then
+            has a sign that no datum sees (a unit's two weights, both turned), and |number| stands
+            for it.
+    """
+    values = {k: posterior.draws[k].double() for k in scalars(posterior)}
+    if "lp" in posterior.stats:
+        values["log density"] = posterior.stats["lp"].double()
+    for name, each in list(values.items()):
+        if agreed and bool((each < 0).any()):
+            plain, turned = (float(rhat(x[..., None])) for x in (each, each.abs()))
+            if plain > rhat_limit(len(each)) >= turned:
+                values[f"|{name}|"] = values.pop(name).abs()
+    return values
+
+
+def of_weights(posterior: "Posterior") -> Finding | None:
+    """R-hat of what is not identified: told, and never doubtful."""
+    names = [k for k in posterior.sites.globals if posterior.sites.latent[k].shape]
+    parts = [posterior.draws[k].flatten(2) for k in names if k in posterior.draws]
+    if not parts:
+        return None
+    flat = torch.cat([each.double() for each in parts], -1)
+    keep = torch.linspace(0, flat.shape[-1] - 1, min(_ENTRIES, flat.shape[-1])).long()
+    each = rhat(flat[..., keep])
+    each = each[~each.isnan()]
+    if not len(each):
+        return None
+    share = float((each > rhat_limit(len(flat))).double().mean())
+    return Finding(
+        name="R-hat of weights",
+        value=float(each.max()),
+        threshold=None,
+        doubtful=False,
+        meaning=f"Of {len(each)} entries of weights {share:.0%} differ between chains. Weights of "
+        "a net are not identified (units swap, signs flip), so this says nothing: read R-hat of f.",
+    )
+
+
+def of_chains(posterior: "Posterior", looked: Looked | None) -> list[Finding]:
+    """R-hat and ESS of f, of the identified numbers, of weights."""
+    from bnn.export import ess
+
+    found, agreed = [], True
+    chains, draws = posterior.shape
+    if draws < 4:
+        return []
+    if looked is not None:
+        each = rhat(looked.values)
+        told = ~each.isnan()
+        if told.any():
+            values, each = looked.values[..., told], each[told]
+            row = int(looked.rows[told][each.argmax()])
+            finding = of_rhat(looked.name, float(each.max()), chains, f" at row {row}")
+            agreed = not finding.doubtful
+            found += [finding, *of_ess(looked.name, *ess(values))]
+    for name, each in of_scalars(posterior, agreed).items():
+        value = float(rhat(each[..., None]))
+        if not math.isnan(value):
+            found += [of_rhat(name, value, chains), *of_ess(name, *ess(each[..., None]))]
+    weights = of_weights(posterior)
+    return found if weights is None else [*found, weights]
+
+
+def of_starts(looked: Looked) -> Finding | None:
+    """R-hat of f between runs from several starts, whose draws are a mixture by intent."""
+    each = rhat(looked.values)
+    each = each[~each.isnan()]
+    if not len(each):
+        return None
+    return Finding(
+        name=f"R-hat of {looked.name}",
+        value=float(each.max()),
+        threshold=None,
+        doubtful=False,
+        meaning="Runs from several starts are a mixture, each with the same weight. Far above 1 "
+        "they found different functions; no draw tells how much each deserves.",
+    )
+
+
+def at_fit(posterior: "Posterior") -> list[Finding]:
+    """What every fit of a sampler looks at: its statistics, and the worst of all R-hats.
+
+    f at 20 rows costs a forward pass a draw; the draw has cost gradients on all rows.
+    """
+    if not sampled(posterior):
+        return []
+    chains, draws = posterior.shape
+    try:
+        looked = look(posterior, rows=_ROWS, draws=min(draws, max(4, _DRAWS // chains)))
+    except ModelError:  # a fit does not need to predict; `diagnose` tells what is missing
+        looked = None
+    each = torch.zeros(0) if looked is None else rhat(looked.values).nan_to_num(1.0)
+    worst, what, where = 1.0, "", ""
+    if looked is not None and len(each):
+        worst, what = float(each.max()), looked.name
+        where = f" at row {int(looked.rows[each.argmax()])}"
+    for name, values in of_scalars(posterior, worst <= rhat_limit(chains)).items():
+        value = float(rhat(values[..., None]))
+        if value > worst:
+            worst, what, where = value, name, ""
+    found = of_sampler(posterior.stats)
+    return [*found, of_rhat(what, worst, chains, where)] if what else found

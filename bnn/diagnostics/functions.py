@@ -1,0 +1,91 @@
+"""Functions: what the draws make of some rows, which is the same whichever weights make it."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bnn.data import take
+from bnn.errors import ModelError
+from bnn.prediction import Prediction
+
+if TYPE_CHECKING:
+    from bnn.posterior import Posterior
+
+ROWS = 50  # of the training rows: enough to meet every region of a few inputs
+_QUANTITIES = 200  # rows x outputs: each costs a few milliseconds
+_CELLS = 10_000_000  # rows x draws that are held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """The draws' values at some rows.
+
+    Attributes:
+        name: "f", or "log p(y | draw)" where f of a training row is more than a function of draws
+            that carry over (sites inside the data plate), or the model does not predict.
+        values: (chain, draw, quantity).
+        rows: the row that each quantity belongs to, (quantity,).
+        inputs: the inputs of the rows; () for "log p(y | draw)".
+        prediction: that of the rows, or None.
+    """
+
+    name: str
+    values: Tensor
+    rows: Tensor
+    inputs: tuple[Tensor, ...] = ()
+    prediction: Prediction | None = None
+
+
+def look(
+    posterior: "Posterior", *inputs: Any, rows: int = ROWS, draws: int | None = None
+) -> Looked:
+    """Looks at f, at rows given or at training rows evenly spread (a loader's first batch).
+
+    Args:
+        posterior: whose draws.
+        *inputs: the model's arguments without the observations; none takes training rows.
+        rows: training rows at most.
+        draws: of each chain; None for all.
+
+    Raises:
+        DataError: the inputs are not of the kind that the model was fitted to.
+        ModelError: the model neither predicts nor states its rows one by one.
+    """
+    sites, data = posterior.sites, posterior.data
+    if inputs:
+        prediction = posterior.predict(*inputs, draws=draws)
+        return _of(prediction, torch.arange(prediction.f.shape[2]))
+    have = len(data.observations)
+    spread = torch.linspace(0, have - 1, min(rows, have)).round().long()
+    if sites.predicts and sites.every_row and not sites.locals:
+        some = take(data.inputs, spread)
+        if sites.plate is None or not some:  # rows may see each other, or the model counts them
+            whole = thinned(posterior, draws, have).predict(*data.inputs)
+            return _of(whole, spread, kept=spread)
+        return _of(posterior.predict(*some, draws=draws), spread)
+    if data.loader is not None or sites.row_axis is None or not sites.every_row:
+        raise ModelError(
+            "f cannot be looked at: the model does not run with its observations set to None, or "
+            "has sites inside the data plate whose rows came from a loader."
+        )
+    each = thinned(posterior, draws, have).log_likelihood()
+    return Looked("log p(y | draw)", each[..., spread].double(), spread)
+
+
+def _of(prediction: Prediction, rows: Tensor, kept: Tensor | None = None) -> Looked:
+    f = prediction.f if kept is None else prediction.f[:, :, kept]
+    flat = f.flatten(2)  # (chain, draw, row * output)
+    of = rows.repeat_interleave(flat.shape[-1] // max(len(rows), 1))
+    some = torch.linspace(0, len(of) - 1, min(len(of), _QUANTITIES)).round().long()
+    return Looked("f", flat[..., some].double(), of[some], prediction.inputs, prediction)
+
+
+def thinned(posterior: "Posterior", draws: int | None, rows: int) -> "Posterior":
+    """With as many draws of each chain, evenly spread, as memory allows at that many rows."""
+    chains, have = posterior.shape
+    few = max(2, _CELLS // (max(rows, 1) * chains))
+    count = min(have, few, have if draws is None else draws)
+    keep = torch.linspace(0, have - 1, count).round().long()
+    return replace(posterior, draws={k: v[:, keep] for k, v in posterior.draws.items()})

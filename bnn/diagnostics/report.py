@@ -1,0 +1,113 @@
+"""Report: findings, and how they print."""
+
+import html
+import math
+import shutil
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bnn.errors import ConvergenceWarning, outside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at in a fit.
+
+    Attributes:
+        name: what it is, "R-hat of f".
+        value: what was found.
+        threshold: where it becomes doubtful; None for what is told without a limit.
+        doubtful: True where the answer should not be trusted without a second look.
+        meaning: what it says, in a sentence.
+        advice: what to do.
+    """
+
+    name: str
+    value: float
+    threshold: float | None
+    doubtful: bool
+    meaning: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was looked at in a fit, the doubtful first; `print` it.
+
+    No doubtful finding is no proof: a mode that no chain has met leaves no trace in any of them.
+
+    Attributes:
+        title: the method and the number of draws.
+        findings: what was found.
+        missing: what one would expect and was not looked at: name -> why.
+    """
+
+    title: str
+    findings: tuple[Finding, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def doubtful(self) -> list[Finding]:
+        """The findings that should not be passed over."""
+        return [each for each in self.findings if each.doubtful]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON takes them: a number that is not finite is None."""
+        plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+        findings = [{k: plain(v) for k, v in asdict(each).items()} for each in self._ordered()]
+        return {"title": self.title, "findings": findings, "missing": dict(self.missing)}
+
+    def _ordered(self) -> list[Finding]:
+        return sorted(self.findings, key=lambda each: not each.doubtful)
+
+    def _verdict(self) -> str:
+        count = len(self.doubtful)
+        return f"{count} doubtful of {len(self.findings)} findings" if count else (
+            f"nothing doubtful in {len(self.findings)} findings"
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 100))
+        name = max([len(each.name) for each in self.findings], default=0)
+        lines = [*textwrap.wrap(self.title, width), self._verdict(), ""]
+        for each in self._ordered():
+            limit = "" if each.threshold is None else f"limit {each.threshold:.4g}"
+            head = f"{'!' if each.doubtful else ' '} {each.name:<{name}}  {each.value:>8.4g}  "
+            lines.append((head + limit).rstrip())
+            text = f"{each.meaning} {each.advice}" if each.doubtful else each.meaning
+            lines += textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+        if self.missing:
+            lines += ["", "Not looked at"]
+        for what, why in self.missing.items():
+            lines += textwrap.wrap(f"{what}: {why}", width, subsequent_indent=" " * 4)
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for each in self._ordered():
+            limit = "" if each.threshold is None else f"{each.threshold:.4g}"
+            name = f"<b>{html.escape(each.name)}</b>" if each.doubtful else html.escape(each.name)
+            text = html.escape(f"{each.meaning} {each.advice}".strip())
+            mark = "doubtful" if each.doubtful else ""
+            cells = (mark, name, f"{each.value:.4g}", limit, text)
+            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        missing = "".join(
+            f"<li>{html.escape(what)}: {html.escape(why)}</li>"
+            for what, why in self.missing.items()
+        )
+        return (
+            f"<p>{html.escape(self.title)}<br>{self._verdict()}</p><table><thead><tr><th></th>"
+            "<th>finding</th><th>value</th><th>limit</th><th>meaning</th></tr></thead><tbody>"
+            f"{''.join(rows)}</tbody></table>"
+            + (f"<p>Not looked at</p><ul>{missing}</ul>" if missing else "")
+        )
+
+
+def warn(findings: Sequence[Finding], kind: type[Warning] = ConvergenceWarning) -> None:
+    """One warning for each doubtful finding, at the code that called the package."""
+    for each in findings:
+        if each.doubtful:
+            warnings.warn(f"{each.meaning} {each.advice}", kind, stacklevel=outside())
