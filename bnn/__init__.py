@@ -33,6 +33,7 @@ from bnn.method import Method
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
 from bnn.prior import prior_predictive
+from bnn.reference import reference
 
 __all__ = [
     "MAP",
@@ -67,6 +68,7 @@ __all__ = [
     "load",
     "models",
     "prior_predictive",
+    "reference",
     "selective",
 ]
 __version__ = "0.1.0"

@@ -43,7 +43,9 @@ def test_held_out_columns_are_those_computed_by_hand(fits):
     table = bnn.compare(fits, data=HELD_OUT)
     x, y = HELD_OUT
     assert table.index.name == "held out"
-    assert list(table.columns) == ["log_score", "log_score_se", "rmse", "coverage_90", "seconds"]
+    assert list(table.columns) == [
+        "log_score", "log_score_se", "rmse", "coverage_90", "coverage_error", "elbo", "seconds"
+    ]  # fmt: skip
     for name, posterior in fits.items():
         f = posterior.draws["w"][0] @ x.T  # (draw, row)
         score = dist.Normal(f, 0.5).log_prob(y).double().exp().mean(0).log()
@@ -54,7 +56,14 @@ def test_held_out_columns_are_those_computed_by_hand(fits):
         lower, upper = np.quantile(posterior.predict(x).y[0], [0.05, 0.95], axis=0)
         inside = (y.numpy() >= lower) & (y.numpy() <= upper)
         assert row["coverage_90"] == pytest.approx(inside.mean())
+        levels = np.linspace(0.05, 0.95, 19)
+        ends = np.stack([(1 - levels) / 2, (1 + levels) / 2])
+        lower, upper = np.quantile(posterior.predict(x).y[0], ends, axis=0)  # (level, row)
+        observed = ((y.numpy() >= lower) & (y.numpy() <= upper)).mean(1)
+        assert row["coverage_error"] == pytest.approx(np.abs(observed - levels).mean(), abs=1e-6)
+        assert row["elbo"] == posterior.elbo
         assert row["seconds"] == posterior.seconds
+    assert table.attrs["not_comparable"] == {}  # one model, method and data: bounds compare
 
 
 def test_the_best_log_score_comes_first(fits):
@@ -72,6 +81,7 @@ def test_without_data_the_score_is_arvizs_leave_one_out(fits):
         assert table.loc[name, "log_score"] == pytest.approx(elpd / 30, rel=1e-6)
         assert table.loc[name, "log_score_se"] == pytest.approx(loo.se / 30, rel=1e-6)
         assert table.loc[name, "high_k"] == int((loo.pareto_k > 0.7).sum())
+        assert table.loc[name, "max_k"] == pytest.approx(float(loo.pareto_k.max()))
 
 
 @pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
@@ -104,8 +114,51 @@ def test_labels_are_scored_by_accuracy():
     table = bnn.compare({"labels": posterior}, data=(X, y))
     right = posterior.predict(X).probs.argmax(-1) == y
     assert table.loc["labels", "accuracy"] == pytest.approx(right.double().mean().item())
+    stated = posterior.predict(X).probs
+    expected = bnn.calibration.ece(stated, y)
+    assert table.loc["labels", "ece"] == pytest.approx(expected)
     assert "rmse" not in table
     assert "coverage_90" not in table
+
+
+def test_the_table_says_where_a_column_does_not_compare(fits):
+    """In print, by row; the reasons in attrs."""
+
+    def other(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    laplace = bnn.Laplace(steps=200, draws=50)
+    several = fits | {
+        "wide": bnn.fit(other, X, Y, method=bnn.SVI(steps=400, draws=200)),
+        "half": bnn.fit(model, X[:15], Y[:15], method=laplace),
+        "all": bnn.fit(model, X, Y, method=laplace),
+        "mode": bnn.fit(model, X, Y, method=bnn.MAP(steps=200, draws=10)),
+    }
+    table = bnn.compare(several, data=HELD_OUT)
+    assert dict(table["not_comparable"]) == {
+        "few": "elbo", "many": "elbo", "wide": "elbo", "half": "log_evidence",
+        "all": "log_evidence", "mode": "",
+    }  # fmt: skip
+    assert table.attrs["not_comparable"] == {
+        "elbo": "bounds with gaps of their own: they differ in model",
+        "log_evidence": "evidence of other data: they differ in observations, inputs",
+    }
+    assert "log_evidence" in str(table)
+    del several["half"]
+    table = bnn.compare(several | {"other": several["all"]}, data=HELD_OUT)
+    assert "log_evidence" not in table.attrs["not_comparable"]
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
+def test_leave_one_out_says_what_is_in_sample(fits):
+    mode = bnn.fit(model, X, Y, method=bnn.MAP(steps=200, draws=10))
+    table = bnn.compare({"many": fits["many"], "mode": mode})
+    inside = "rmse, coverage_90, coverage_error"
+    assert table.loc["mode", "not_comparable"] == f"log_score, {inside}"
+    assert table.loc["many", "not_comparable"] == inside
+    assert "in-sample" in table.attrs["not_comparable"]["rmse"]
 
 
 def test_other_observations_need_held_out_data(fits):
