@@ -19,7 +19,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bnn.arguments import call_of
-from bnn.data import Data, shape_of, take_filled
+from bnn.data import Data, shape_of, take, take_filled
 from bnn.errors import DataError, DataWarning, ModelError, outside
 from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
 from bnn.method import Model
@@ -33,6 +33,7 @@ from bnn.observations import (
 from bnn.sites import Site, Sites, to_support
 
 _OFF = 30  # standard deviations from 0: from there on SVI and MAP ended short of a slope, unseen
+_SHOWN, _RUNS = 5, 20  # f at prior draws: sd of its mean over rows, in sds over rows, by such runs
 _FAR = 1e4  # observations this many times beyond what the prior can produce: a unit was forgotten
 
 
@@ -95,7 +96,7 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
             )
         _check_masks(trace)
         _check_trace(model, data, sites)
-        _warn_of_offset(data)
+        _warn_of_offset(model, data)
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
 
 
@@ -398,8 +399,11 @@ def _moves(name: str, site: Site, after: Any) -> bool:
         ) from error
 
 
-def _warn_of_offset(data: Data) -> None:
-    """Tells of a column that is far from 0 and hardly varies: 2013 after 2012."""
+def _warn_of_offset(model: Model, data: Data) -> None:
+    """Tells of a column that is far from 0 and hardly varies: 2013 after 2012.
+
+    A model that centres its inputs itself does not show it in f.
+    """
     for name, arg in zip(data.names, data.inputs, strict=False):
         if not arg.is_floating_point() or arg.ndim not in (1, 2) or len(arg) < 3:
             continue
@@ -407,7 +411,7 @@ def _warn_of_offset(data: Data) -> None:
         spread = columns.std(0)
         off = torch.where(spread > 0, columns.mean(0).abs() / spread, 0.0)
         worst = int(off.argmax()) if off.numel() else 0
-        if off.numel() and off[worst] > _OFF:
+        if off.numel() and off[worst] > _OFF and _reaches(model, data):
             labels = data.columns.get(name) or range(len(off))
             column = f', column "{labels[worst]}",' if arg.ndim == 2 else ""
             warnings.warn(
@@ -417,6 +421,21 @@ def _warn_of_offset(data: Data) -> None:
                 DataWarning,
                 stacklevel=outside(),
             )
+
+
+def _reaches(model: Model, data: Data) -> bool:
+    """True if f at the prior is as a whole far more uncertain than its changes from row to row."""
+    rows = torch.linspace(0, len(data.observations) - 1, min(len(data.observations), 100)).long()
+    runs = []
+    try:
+        for _ in range(_RUNS):
+            with torch.no_grad():
+                trace: Any = poutine.trace(model).get_trace(*take(data.tensors, rows))
+            runs.append(trace.nodes["f"]["value"].reshape(len(rows), -1).double())
+        f = torch.stack(runs)  # (run, row, output)
+    except Exception:  # it announces no f, or states its number of rows
+        return True
+    return bool((f.mean(1).std(0) > _SHOWN * f.std(1).mean(0)).any())
 
 
 def _check_prediction(model: Model, data: Data, sites: Sites) -> bool:

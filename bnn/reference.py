@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _POINTS = 32  # values of y at which densities are compared, a row and posterior
 _DRAWS = (100, 1_000)  # of each posterior in a density: at least, at most,
 _MULTIPLICATIONS = 20_000_000_000  # and draws x rows x points x weights: some seconds
+_KNOWN = 2_000  # training rows, evenly spread, that distances are taken to
 _NEAR = 0.95  # share of the training rows that count as near the others
 _FAR = 2.0  # how far rows are moved out where none are given
 
@@ -117,6 +118,7 @@ def regions(posterior: Posterior, inputs: tuple[Tensor, ...]) -> dict[str, Tenso
     count = next((len(x) for x in inputs if x.ndim), 1)
     everywhere = torch.ones(count, dtype=torch.bool)
     known, new = _columns(posterior.data.inputs), _columns(inputs)
+    known = known[torch.linspace(0, max(len(known) - 1, 0), min(len(known), _KNOWN)).long()]
     if not known.numel() or len(known) < 3:
         return {"all": everywhere}
     scale = known.std(0)

@@ -253,6 +253,18 @@ def test_the_ill_conditioned_regression_is_right_or_warned_of(method):
     assert right or report.doubtful, report
 
 
+def test_a_model_that_centres_its_inputs_is_not_told_to():
+    x, y = years()
+    model = bnn.models.mlp_regression(1, (5,), standardize=(x[:, None], y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", bnn.DataWarning)
+        for seed in range(3):
+            method = bnn.MAP(steps=1, schedule="constant")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", bnn.ConvergenceWarning)
+                bnn.fit(model, x[:, None], y, method=method, seed=seed, progress=False)
+
+
 # Guides
 
 
