@@ -9,7 +9,8 @@ They stand in pipelines, grid searches and cross-validation like any other estim
 is the `bnn.Posterior`, for everything else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -28,8 +29,19 @@ from bnn.models.priors import Prior
 from bnn.prediction import Prediction
 
 
+@contextmanager
+def _double() -> Iterator[None]:
+    """Numbers of scikit-learn's precision: a row's prediction is then its own to 1e-7."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class _Net(BaseEstimator):
-    """What both do: check X, fit, predict, draw."""
+    """What both do, in float64: check X, fit, predict, draw."""
 
     method: Method | None
     random_state: Any
@@ -40,9 +52,10 @@ class _Net(BaseEstimator):
         seed = self.random_state
         if seed is None or not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(2**31 - 1)
-        self.posterior_ = bnn.fit(
-            model, X, y, method=method, seed=int(seed), progress=self.progress
-        )
+        with _double():
+            self.posterior_ = bnn.fit(
+                model, X, y, method=method, seed=int(seed), progress=self.progress
+            )
         return self
 
     def predictive(self, X: Any, *, draws: int | None = None, seed: int = 0) -> Prediction:
@@ -55,7 +68,8 @@ class _Net(BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
-        return self.posterior_.predict(X, draws=draws, seed=seed)
+        with _double():
+            return self.posterior_.predict(X, draws=draws, seed=seed)
 
     def sample_posterior(self, X: Any, *, draws: int | None = None, seed: int = 0) -> np.ndarray:
         """Draws of y at X with their noise, (draw, row): numbers, or labels.
@@ -134,14 +148,15 @@ class BNNRegressor(RegressorMixin, _Net):
             gaussian = bnn.models.likelihoods.Gaussian | bnn.models.likelihoods.StudentT
             real = self.likelihood is None or isinstance(self.likelihood, gaussian)
             units = (X, y) if real else X
-        model = mlp_regression(
-            X.shape[1],
-            tuple(self.hidden),
-            activation=self.activation,
-            prior=self.prior,
-            likelihood=self.likelihood,
-            standardize=units,
-        )
+        with _double():
+            model = mlp_regression(
+                X.shape[1],
+                tuple(self.hidden),
+                activation=self.activation,
+                prior=self.prior,
+                likelihood=self.likelihood,
+                standardize=units,
+            )
         return self._fit(model, X, y)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -216,14 +231,15 @@ class BNNClassifier(ClassifierMixin, _Net):
                 f"y has one class, {self.classes_.tolist()}: there is nothing to tell apart. "
                 "Pass rows of at least two classes."
             )
-        model = mlp_classification(
-            X.shape[1],
-            len(self.classes_),
-            tuple(self.hidden),
-            activation=self.activation,
-            prior=self.prior,
-            standardize=X if self.standardize else None,
-        )
+        with _double():
+            model = mlp_classification(
+                X.shape[1],
+                len(self.classes_),
+                tuple(self.hidden),
+                activation=self.activation,
+                prior=self.prior,
+                standardize=X if self.standardize else None,
+            )
         return self._fit(model, X, labels)
 
     def predict(self, X: Any) -> np.ndarray:

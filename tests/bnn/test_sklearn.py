@@ -17,7 +17,7 @@ QUICK = bnn.MAP(steps=300)
 METHODS = {
     "MAP": QUICK,
     "SVI": bnn.SVI(steps=400, draws=50),
-    "Laplace": bnn.Laplace(structure="diag", steps=300, draws=50),
+    "Laplace": bnn.Laplace(structure="diag", draws=50),
     "DeepEnsemble": bnn.DeepEnsemble(members=3, steps=300),
 }
 
