@@ -7,12 +7,14 @@ from bnn.diagnostics import Finding, Report
 from bnn.errors import (
     ApproximationWarning,
     CheckpointError,
+    CheckpointWarning,
     ConvergenceWarning,
     DataError,
     DataWarning,
     FitError,
     ModelError,
     PerformanceWarning,
+    ResumeMismatch,
 )
 from bnn.fitting import fit
 from bnn.inference import (
@@ -34,6 +36,7 @@ from bnn.posterior import Posterior
 from bnn.prediction import Prediction
 from bnn.prior import prior_predictive
 from bnn.reference import reference
+from bnn.run import Checkpoint
 
 __all__ = [
     "MAP",
@@ -44,7 +47,9 @@ __all__ = [
     "SVI",
     "SWAG",
     "ApproximationWarning",
+    "Checkpoint",
     "CheckpointError",
+    "CheckpointWarning",
     "ConcreteDropout",
     "ConvergenceWarning",
     "DataError",
@@ -61,6 +66,7 @@ __all__ = [
     "Prediction",
     "RandomizedPriors",
     "Report",
+    "ResumeMismatch",
     "calibration",
     "compare",
     "conformal",

@@ -2,33 +2,29 @@
 
 Layout: tensors `draws/<site>`, `params/<name>`, `stats/<name>`, `history`, `snapshots/<site>`,
 `snapshot_steps`, `data/<i>` (of a loader its first batch, `batch/<i>`); the header's metadata holds
-the manifest (settings, seed, versions) and a SHA-256 over manifest and tensors, so that a damaged
-file is an error and not another posterior. The SHA-256 tells damage, not forgery: every field is
-checked before it is used.
+the manifest (settings, seed, versions). See `bnn.files` for how they are written and read.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
-import secrets
+import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bnn import contract
+from bnn import contract, files
 from bnn.data import Data
 from bnn.errors import CheckpointError, DataError, ModelError
+from bnn.fingerprint import fingerprint
 from bnn.handlers import parameters, quiet_pyro, seeded
 from bnn.method import METHODS, Method, Model
+from bnn.run import FIT, POSTERIOR, Interrupted, Run, no_link
 from bnn.sites import Site, Sites
 
 if TYPE_CHECKING:
@@ -52,67 +48,125 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     for name in ("history", "snapshot_steps"):
         if (tensor := getattr(posterior, name)) is not None:
             tensors[name] = tensor
-    if posterior.data.loader is None:
-        tensors |= {f"data/{i}": v for i, v in enumerate(posterior.data.tensors)}
-    else:  # one batch: enough to find the model's sites again
-        tensors |= {f"batch/{i}": v for i, v in enumerate(posterior.data.tensors)}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    manifest = json.dumps(_manifest(posterior), sort_keys=True)
-    metadata = {"bnn": manifest, "sha256": _digest(manifest, tensors)}
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        try:
-            partial.touch()
-            mode = partial.stat().st_mode  # save_file's own is readable by its owner alone
-            save_file(tensors, partial, metadata)
-            partial.chmod(mode)
-            with open(partial, "r+b") as written:
-                os.fsync(written.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Cannot write {target}: {error}. Is there room, and a folder?"
-        ) from error
+    files.write(Path(path), tensors | _stored(posterior.data), _manifest(posterior))
+
+
+def _stored(data: Data) -> dict[str, Tensor]:
+    """The training data; of a loader one batch, enough to find the model's sites again."""
+    group = "data" if data.loader is None else "batch"
+    return {f"{group}/{i}": v for i, v in enumerate(data.tensors)}
+
+
+def files_of_fit(
+    model: Model, data: Data, method: Method, seed: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a fit is, before it runs: a manifest and the data. See `bnn.run.Folder.check`."""
+    tensors = _stored(data)
+    settings = _settings(method)
+    code = [k for k, v in settings.items() if isinstance(v, dict) and "code" in v]
+    known = {k: {"code": fingerprint(getattr(method, k))} for k in code}
+    shapes = [str(tuple(v.shape[1:])) for v in data.tensors]  # a loader's rows are in any order
+    told = files.digest("", tensors) if data.loader is None else shapes
+    identity = {
+        "data": {"names": list(data.names), "rows": data.rows, "contents": told},
+        "model": fingerprint(model),
+        "settings": {"method": type(method).__name__, **settings, **known},
+        "seed": int(seed),
+        "dtype": str(torch.get_default_dtype()),
+    }
+    return {
+        "is": identity,
+        "versions": _versions(),
+        "method": {"name": type(method).__name__, "settings": settings},
+        "names": list(data.names),
+        "columns": data.columns,
+        "rows": data.rows,
+        "seed": int(seed),
+    }, tensors
 
 
 def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterior":
     """Reads a posterior that `Posterior.save` wrote. Nothing in the file is executed.
 
     Args:
-        path: the file.
+        path: the file; or the folder of `fit(..., checkpoint=folder)`, of which this is the
+            posterior at its end, or as far as it has come (`complete` is False then).
         model: the model that was fitted; its sites must be those in the file.
         **code: settings of the method that are code, as they were: a guide, a schedule, a prior
             function. What is not passed has its default, with a warning.
 
     Raises:
         CheckpointError: not such a file, damaged, of a newer schema, or of another model; or it
-            predicts with a setting that is code and was not passed.
+            predicts with a setting that is code and was not passed; or a fit that is not yet so far
+            that there is a posterior.
         TypeError: `code` names what is not a setting that the file lacks.
     """
-    from bnn.posterior import Posterior
-
     path = Path(path)
+    if path.is_dir():
+        finished = no_link(path / POSTERIOR)
+        return load(finished, model, **code) if finished.exists() else _meanwhile(path, model, code)
     manifest, tensors = _read(path)
+    return _posterior(path, manifest, tensors, model, _method(manifest["method"], code, path))
 
-    def group(name: str) -> dict[str, Tensor]:
-        return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
 
-    repeated = manifest["repeated"]
-    draws, params = {k: _repeat(v, repeated) for k, v in group("draws").items()}, group("params")
-    data = _data(manifest, group("data"), group("batch"), path)
-    method = _method(manifest["method"], code, path)
+def read_finished(path: Path, model: Model, data: Data, method: Method) -> "Posterior":
+    """The posterior of a finished fit that is called again with the same data and settings."""
+    manifest, tensors = _read(path)
+    if manifest["method"]["name"] != type(method).__name__:
+        raise CheckpointError(f"{path} is by another method: {manifest['method']['name'][:60]}.")
+    found = _posterior(path, manifest, tensors, model, method)
+    return dataclasses.replace(found, data=data)
+
+
+def _meanwhile(folder: Path, model: Model, code: dict[str, Any]) -> "Posterior":
+    """The posterior of a fit on its way: the fit itself, set back and ended at once."""
+    from bnn.fitting import approximate
+
+    path = no_link(folder / FIT)
+    manifest, tensors = files.read(path)
     try:
-        data, sites = contract.check(model, data, adds_sites=method.adds_sites)
+        _check_fields(manifest, ("method", "names", "columns", "rows", "seed"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} has no manifest that can be read: {error}.") from error
+    data = _data(manifest, _group(tensors, "data"), _group(tensors, "batch"), path)
+    method = _method(manifest["method"], code, path)
+    data, sites = _checked(model, data, method, path)
+    run = Run(folder, frozen=True)
+    try:
+        return approximate(model, data, sites, method, manifest["seed"], False, run)
+    except Interrupted as error:
+        raise CheckpointError(
+            f"{folder} has no draws yet: {error} Call the same fit again to go on."
+        ) from error
+
+
+def _group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.split("/", 1)[1]: v for k, v in tensors.items() if k.startswith(name + "/")}
+
+
+def _checked(model: Model, data: Data, method: Method, path: Path) -> tuple[Data, Sites]:
+    try:
+        return contract.check(model, data, adds_sites=method.adds_sites)
     except (ModelError, DataError) as error:
         raise CheckpointError(
             f"The model does not run on the data stored in {path}: {error} "
             "Pass the model that was fitted."
         ) from error
-    _check_draws(draws, group("stats"), tensors.get("history"), path)
-    _check_snapshots(draws, group("snapshots"), tensors.get("snapshot_steps"), path)
+
+
+def _posterior(
+    path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], model: Model, method: Method
+) -> "Posterior":
+    """What a file holds, checked against the model."""
+    from bnn.posterior import Posterior
+
+    repeated, stats = manifest["repeated"], _group(tensors, "stats")
+    draws = {k: _repeat(v, repeated) for k, v in _group(tensors, "draws").items()}
+    params, snapshots = _group(tensors, "params"), _group(tensors, "snapshots")
+    data = _data(manifest, _group(tensors, "data"), _group(tensors, "batch"), path)
+    data, sites = _checked(model, data, method, path)
+    _check_draws(draws, stats, tensors.get("history"), path)
+    _check_snapshots(draws, snapshots, tensors.get("snapshot_steps"), path)
     try:
         latent = contract.latent_sites(method.program(model, params), data, sites)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -128,15 +182,16 @@ def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterio
         sites=sites,
         draws={name: draws[name] for name in latent if name in draws},
         params=params,
-        stats=group("stats"),
+        stats=stats,
         history=tensors.get("history"),
         elbo=manifest["elbo"],
         log_evidence=manifest["log_evidence"],
-        snapshots=group("snapshots"),
+        snapshots=snapshots,
         snapshot_steps=tensors.get("snapshot_steps"),
         count=tuple(manifest["count"]),
         seed=manifest["seed"],
         seconds=manifest["seconds"],
+        complete=manifest["complete"],
     )
 
 
@@ -225,17 +280,33 @@ def _check_same_model(
         ) from error
 
 
-def _manifest(posterior: "Posterior") -> dict[str, Any]:
+def _versions() -> dict[str, Any]:
+    """What the bits of a result depend on besides model, data, settings and seed."""
     import bnn
 
-    settings = {
-        f.name: _plain(getattr(posterior.method, f.name))
-        for f in dataclasses.fields(posterior.method)
+    return {
+        "bnn": bnn.__version__,
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
     }
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    return {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method)}
+
+
+def _manifest(posterior: "Posterior") -> dict[str, Any]:
     return {
         "schema": _SCHEMA,
-        "versions": {"bnn": bnn.__version__, "torch": torch.__version__, "pyro": pyro.__version__},
-        "method": {"name": type(posterior.method).__name__, "settings": settings},
+        "versions": _versions(),
+        "method": {
+            "name": type(posterior.method).__name__,
+            "settings": _settings(posterior.method),
+        },
         "names": list(posterior.data.names),
         "columns": posterior.data.columns,
         "rows": posterior.data.rows,
@@ -245,6 +316,7 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
         "log_evidence": _plain(posterior.log_evidence),
         "seed": _plain(posterior.seed),
         "seconds": _plain(posterior.seconds),
+        "complete": posterior.complete,
     }
 
 
@@ -257,7 +329,7 @@ def _repeat(draws: Tensor, count: int) -> Tensor:
     return draws.expand(-1, count, *draws.shape[2:]) if count > 1 and draws.ndim > 1 else draws
 
 
-def _check_manifest(manifest: Any) -> None:
+def _check_fields(manifest: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
     """Raises ValueError for a field that is not of the kind that `_manifest` writes."""
     texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
@@ -274,16 +346,17 @@ def _check_manifest(manifest: Any) -> None:
         "log_evidence": lambda v: v is None or number(v),
         "seed": whole,
         "seconds": number,
+        "complete": lambda v: isinstance(v, bool),
         "method": lambda v: (
             isinstance(v, dict)
             and isinstance(v.get("name"), str)
             and isinstance(v.get("settings"), dict)
         ),
     }
-    for name, right in kinds.items():
+    for name in kinds if names is None else names:
         if name not in manifest:
             raise ValueError(f'it has no "{name}"')
-        if not right(manifest[name]):
+        if not kinds[name](manifest[name]):
             raise ValueError(f'its "{name}" is {str(manifest[name])[:60]}')
 
 
@@ -358,41 +431,16 @@ def _autoguide(name: Any) -> Any:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
+    manifest, tensors = files.read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # copies: a view of the file would change, or crash, with the file
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is not a safetensors file, or is damaged: {error}."
-        ) from error
-    if "bnn" not in metadata or "sha256" not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file that Posterior.save did not write.")
-    if _digest(metadata["bnn"], tensors) != metadata["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its contents do not match their SHA-256.")
-    try:
-        manifest = json.loads(metadata["bnn"])
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+        if not isinstance(manifest.get("schema"), int):
             raise ValueError("it has no schema")
         if manifest["schema"] != _SCHEMA:
             raise CheckpointError(
                 f"{path} has schema {manifest['schema']} and this version reads {_SCHEMA}. "
                 "Install the bnn that wrote it, or a newer one."
             )
-        _check_manifest(manifest)
-    except (ValueError, RecursionError) as error:
+        _check_fields(manifest)
+    except ValueError as error:
         raise CheckpointError(f"{path} has no manifest that can be read: {error}.") from error
     return manifest, tensors
-
-
-def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(manifest.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)
-        digest.update(flat.view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return digest.hexdigest()

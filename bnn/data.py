@@ -1,7 +1,9 @@
 """Data: what the user passes, as tensors whose first axis is the row; and minibatches of it."""
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from bnn.errors import DataError
+from bnn.errors import CheckpointError, DataError
+from bnn.handlers import generators, set_generators
 
 LARGEST = 1e15  # beyond it a square overflows float32 soon, and every sum of squares is noise
 
@@ -57,7 +60,7 @@ class Data:
 
     def batches(
         self, size: int | None, generator: torch.Generator, *, passes: bool = True
-    ) -> Iterator[tuple]:
+    ) -> "Batches":
         """Endless minibatches: each pass over the rows is a new random order.
 
         Args:
@@ -66,19 +69,20 @@ class Data:
             passes: False draws every batch from all rows, whatever the ones before held; over a
                 pass the noise of the choice of rows cancels, and then it does not.
 
-        Yields:
-            The model's arguments on the rows of one batch.
+        Returns:
+            The model's arguments on the rows of one batch, and of the next, ...
         """
         if self.loader is not None:
-            while True:
-                yield from self.once(None)
+            return Batches(lambda: self.once(None), loader_generators(self.loader), shared=True)
         if size is None or size >= self.rows:
-            while True:
-                yield self.tensors
-        while True:
+            return Batches(lambda: repeat(self.tensors), ())
+
+        def one_pass() -> Iterator[tuple]:
             order = torch.randperm(self.rows, generator=generator)
             for start in range(0, self.rows - size + 1 if passes else 1, size):
                 yield take(self.tensors, order[start : start + size])
+
+        return Batches(one_pass, (generator,))
 
     def once(self, size: int | None) -> Iterator[tuple]:
         """One pass over the rows: in their order, the last batch being what is left; or a loader's.
@@ -100,6 +104,96 @@ class Data:
             if self.admit is not None:
                 self.admit(made[-1])
             yield made
+
+
+class Batches(Iterator[tuple]):
+    """Endless minibatches that can be set back to where they once were.
+
+    Where they are is told by the generators as the present pass began, and by the batches taken of
+    it since: a pass is begun again and what was taken is gone through.
+
+    Args:
+        begin: one pass over the rows; all that it draws from generators it draws before it yields
+            the first batch.
+        generators: what it draws from.
+        shared: it also draws from the generators that models draw from.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], Iterator[tuple]],
+        generators: Sequence[torch.Generator],
+        shared: bool = False,
+    ):
+        self._begin, self._generators, self._shared = begin, generators, shared
+        self._pass: Iterator[tuple] = iter(())
+        self._ahead: deque[tuple[tuple, tuple[Any, int]]] = deque()
+        self._now = self._mark = (self._origin(), 0)  # of what was fetched, and of what was taken
+
+    def __next__(self) -> tuple:
+        batch, self._mark = self._ahead.popleft() if self._ahead else self._fetched()
+        return batch
+
+    def ahead(self, count: int) -> list[tuple]:
+        """The next batches, which are still to come."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._fetched())
+        return [batch for batch, _ in self._ahead][:count]
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches are, as tensors and numbers."""
+        origin, taken = self._mark
+        return {"origin": origin, "taken": taken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Sets the batches to where they were; nothing is read before the next is asked for."""
+        self._ahead.clear()
+        self._pass = self._left(state)
+        self._now = self._mark = (state["origin"], state["taken"])
+
+    def _fetched(self) -> tuple[tuple, tuple[Any, int]]:
+        batch = next(self._pass, None)
+        if batch is None:
+            self._now = (self._origin(), 0)
+            self._pass = self._begin()
+            batch = next(self._pass, None)
+        if batch is None:
+            raise DataError("A pass over the rows has no batch: the loader yields nothing.")
+        self._now = (self._now[0], self._now[1] + 1)
+        return batch, self._now
+
+    def _origin(self) -> dict[str, Any]:
+        """Of the generators, now: own (generator, byte), none or some."""
+        none = torch.zeros((0, len(torch.get_rng_state())), dtype=torch.uint8)
+        own = [each.get_state() for each in self._generators]
+        shared = generators() if self._shared else None
+        return {"own": torch.stack(own) if own else none, "shared": shared}
+
+    def _left(self, state: Mapping[str, Any]) -> Iterator[tuple]:
+        """What is left of a pass."""
+        for each, origin in zip(self._generators, state["origin"]["own"], strict=True):
+            each.set_state(origin.clone())  # a view would crash it
+        if not state["taken"]:
+            return
+        now = generators()
+        if self._shared:
+            set_generators(state["origin"]["shared"])
+        left = self._begin()
+        for number in range(state["taken"]):
+            if next(left, None) is None:
+                raise CheckpointError(
+                    f"A pass over the rows has {number} batches, and {state['taken']} had been "
+                    "taken when the fit was stopped: these are other data."
+                )
+        set_generators(now)
+        yield from left
+
+
+def loader_generators(loader: DataLoader) -> list[torch.Generator]:
+    """The generators that a loader was given, those of its samplers included."""
+    owners = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = {id(g): g for o in owners if (g := getattr(o, "generator", None)) is not None}
+    return list(found.values())
 
 
 def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:

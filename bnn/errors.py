@@ -29,6 +29,18 @@ class CheckpointError(RuntimeError):
     """A file does not hold what it should: damaged, foreign, or of another schema."""
 
 
+class ResumeMismatch(CheckpointError):
+    """A folder holds another fit than the one that was called.
+
+    Attributes:
+        field: what differs: "data", "model", "settings", "seed", "dtype" or "version".
+    """
+
+    def __init__(self, message: str, *, field: str):
+        super().__init__(message)
+        self.field = field
+
+
 class ConvergenceWarning(UserWarning):
     """The answer is doubtful: the method has not reached what it approximates."""
 
@@ -39,6 +51,10 @@ class ApproximationWarning(UserWarning):
 
 class PerformanceWarning(UserWarning):
     """The answer is right and takes longer than it could, and the message says why."""
+
+
+class CheckpointWarning(UserWarning):
+    """The fit is right and goes on, and something about keeping it is not."""
 
 
 class DataWarning(UserWarning):

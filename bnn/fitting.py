@@ -1,21 +1,34 @@
 """The verb: `fit` checks the model, seeds the generators and lets the method work."""
 
 import math
+import os
 import time
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bnn import arguments, contract, diagnostics
+from bnn.checkpoint import files_of_fit, read_finished, write
+from bnn.data import Data
+from bnn.errors import ConvergenceWarning, outside
 from bnn.handlers import quiet_pyro, seeded, threads
 from bnn.method import METHODS, Method, Model
 from bnn.posterior import Posterior
+from bnn.run import Checkpoint, Folder, Interrupted, Run
+from bnn.sites import Sites
 
 
 def fit(
-    model: Model, *data: Any, method: Method | None = None, seed: int = 0, progress: bool = True
+    model: Model,
+    *data: Any,
+    method: Method | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: "str | os.PathLike[str] | Checkpoint | None" = None,
 ) -> Posterior:
     """Approximates the posterior of a Pyro model.
 
@@ -32,6 +45,14 @@ def fit(
         seed: a whole number from 0 below 2**64. The same seed gives the same draws, whatever ran
             before; generators, dtype and Pyro's state are left as they were.
         progress: show a bar, where a terminal can show one.
+        checkpoint: a folder of this fit alone, in which it keeps what it has done, each minute and
+            at the end of each phase; `Checkpoint` sets the interval. The same call goes on where a
+            fit stopped, however it did, to the same draws bit for bit; of a finished fit it returns
+            the posterior at once. `bnn.load(folder, model)` gives what there is meanwhile.
+
+    Ctrl-C ends the loop that the fit is in after its present step, and gives the posterior that can
+    be made of what there is, with `complete=False` and a warning; so does SIGTERM where there is a
+    checkpoint. A second Ctrl-C, and one where there is nothing yet, is a KeyboardInterrupt.
 
     Returns:
         The posterior: draws, and how to predict from them.
@@ -40,6 +61,12 @@ def fit(
         ModelError: the model cannot be fitted as it is written, or not by this method.
         DataError: the data do not fit the model.
         FitError: the objective stayed non-finite.
+        ResumeMismatch: `checkpoint` holds a fit of another model, data, settings, seed or dtype.
+        CheckpointError: `checkpoint` is damaged, no folder, or in use by another fit.
+
+    Warns:
+        ConvergenceWarning: the answer is doubtful, or the fit was stopped.
+        CheckpointWarning: a save failed (no room), and the fit goes on.
 
     Warns:
         ConvergenceWarning: what was looked at on the way makes the answer doubtful: of a sampler
@@ -64,20 +91,56 @@ def fit(
             f"method is {method!r}. Pass the settings of a method, for example bnn.NUTS(chains=4)."
             f" Known are {', '.join(sorted(METHODS))}."
         )
-    root = seed_sequence(seed)
+    seed_sequence(seed)
     start = time.perf_counter()
-    given = arguments.read(model, data)
-    read, sites = contract.check(model, given, adds_sites=method.adds_sites)
-    dtype = torch.get_default_dtype()
+    read = arguments.read(model, data)
+    read, sites = contract.check(model, read, adds_sites=method.adds_sites)
+    if checkpoint is None:
+        posterior = approximate(model, read, sites, method, seed, progress, Run())
+        return replace(posterior, seconds=time.perf_counter() - start)
+    where = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    with Folder(Path(where.folder)) as folder:
+        folder.check(*files_of_fit(model, read, method, seed))
+        if folder.posterior.exists():
+            return read_finished(folder.posterior, model, read, method)
+        run = Run(folder.path, where.every)
+        posterior = approximate(model, read, sites, method, seed, progress, run)
+        if posterior.complete and run.finish(lambda path: write(posterior, path)):
+            folder.clear()
+    return posterior
+
+
+def approximate(
+    model: Model, data: Data, sites: Sites, method: Method, seed: int, progress: bool, run: Run
+) -> Posterior:
+    """Lets the method work, as a run.
+
+    Raises:
+        Interrupted: the run was stopped with nothing to make a posterior of.
+    """
+    root, dtype = seed_sequence(seed), torch.get_default_dtype()
     weights = sum(math.prod(site.shape) for site in sites.latent.values())
-    work = len(read.observations) * weights * method.abreast
-    with quiet_pyro(), seeded(root), threads(work):
-        try:
-            posterior = method.fit(model, read, sites, seed=root, progress=progress)
-        finally:
-            torch.set_default_dtype(dtype)
-        diagnostics.warn(diagnostics.convergence.at_fit(posterior))
-    return replace(posterior, seed=seed, seconds=time.perf_counter() - start)
+    work = len(data.observations) * weights * method.abreast
+    try:
+        with run.under_way(), quiet_pyro(), seeded(root), threads(work):
+            posterior = method.fit(model, data, sites, seed=root, progress=progress)
+            if not run.frozen:
+                diagnostics.warn(diagnostics.convergence.at_fit(posterior))
+    except Interrupted as error:
+        if run.stopped == "SIGTERM":
+            raise SystemExit(143) from error  # what a shell calls an end by this signal
+        raise
+    finally:
+        torch.set_default_dtype(dtype)
+    if run.cut and not run.frozen:
+        again = "" if run.folder is None else " Call the same fit again to go on."
+        warnings.warn(
+            f"The fit was stopped ({run.stopped}): the posterior is what there was by then, and "
+            f"incomplete.{again}",
+            ConvergenceWarning,
+            stacklevel=outside(),
+        )
+    return replace(posterior, seed=seed, seconds=run.elapsed(), complete=not run.cut)
 
 
 def seed_sequence(seed: Any) -> np.random.SeedSequence:

@@ -155,6 +155,18 @@ class Score(Messenger):
             self.prior = self.prior + total
 
 
+class NotFinite(Messenger):
+    """Notes the first site whose log density is not finite in a run, as `site`."""
+
+    site: str | None = None
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        if self.site is None and is_statement(message):
+            log_prob = unvalidated(message["fn"]).log_prob(message["value"])
+            if not torch.isfinite(log_prob).all():
+                self.site = message["name"]
+
+
 class Capture(Messenger):
     """Keeps what a run passed through: values of sites, and the distribution of one of them.
 
@@ -234,6 +246,32 @@ def seeded(seed: np.random.SeedSequence) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def generators() -> dict[str, Any]:
+    """The state of every generator that a model may draw from, as tensors and numbers."""
+    legacy: Any = np.random.get_state()
+    kind, keys, place, has, normal = legacy
+    version, words, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(place), int(has), normal],
+        "python": [version, torch.tensor(words), gauss is not None, gauss or 0.0],
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_generators(state: Mapping[str, Any]) -> None:
+    """Sets them back to what `generators` gave."""
+    kind, keys, place, has, normal = state["numpy"]
+    version, words, told, gauss = state["python"]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has, normal))
+    random.setstate((version, tuple(words.tolist()), gauss if told else None))
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 _SMALL = 2_000_000  # multiplications: below, waking a second thread costs more than it saves

@@ -64,6 +64,7 @@ class Posterior:
         count: (chain, draw) where the model has no global site, and so `draws` is empty.
         seed: the seed of the fit.
         seconds: how long the fit took.
+        complete: False of a fit that was stopped: the draws are what there was by then.
     """
 
     model: Model
@@ -81,6 +82,7 @@ class Posterior:
     count: tuple[int, int] = (1, 1)
     seed: int = 0
     seconds: float = math.nan
+    complete: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -320,8 +322,10 @@ class Posterior:
         sites = ", ".join(f"{k} {tuple(v.shape[2:])}" for k, v in list(self.draws.items())[:6])
         more = "" if len(self.draws) <= 6 else f", and {len(self.draws) - 6} more"
         elbo = "" if self.elbo is None else f", elbo {self.elbo:.2f}"
+        stopped = "" if self.complete else "INCOMPLETE, "
         return (
-            f"Posterior({self.method!r}: {chains} chains x {draws} draws of {sites}{more}; "
+            f"Posterior({stopped}{self.method!r}: "
+            f"{chains} chains x {draws} draws of {sites}{more}; "
             f"{self.data.rows} rows{elbo}, {self.seconds:.1f} s)"
         )
 

@@ -21,7 +21,7 @@ from torch.func import vmap
 
 from bnn.data import Data, take
 from bnn.errors import FitError, ModelError
-from bnn.handlers import At, Capture, Score, branch, seeded
+from bnn.handlers import At, Capture, NotFinite, Score, branch, seeded
 from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
 
@@ -137,6 +137,28 @@ class Energy:
         """Log p(data, z) at one flat vector, (size,) -> ()."""
         likelihood, prior = self.terms(z, args, jacobian=jacobian)
         return likelihood + prior
+
+    def culprit(self, z: Tensor, args: Sequence[Any]) -> str | None:
+        """The first site whose value, log density or slope is not finite at a flat vector, or None.
+
+        Args:
+            z: flat vector, (size,).
+            args: the model's arguments.
+        """
+        z = z.detach().clone().requires_grad_()
+        broken = self._entry(z)
+        if broken is None:
+            with torch.no_grad(), NotFinite() as seen, At(self.values(z)):
+                self.model(*args)
+            broken = seen.site
+        if broken is None and self.slots:
+            (slope,) = torch.autograd.grad(self.log_joint(z, args), z, allow_unused=True)
+            broken = None if slope is None else self._entry(slope)
+        return broken
+
+    def _entry(self, z: Tensor) -> str | None:
+        """The first site with an entry that is not finite in a flat vector."""
+        return next((s.name for s in self.slots if not torch.isfinite(z[s.span]).all()), None)
 
     def batched(self, function: Callable[..., Any], *args: Tensor) -> Any:
         """Lifts a function of one particle over the first axis of its arguments.

@@ -25,6 +25,7 @@ from bnn.errors import ModelError, PerformanceWarning
 from bnn.handlers import branch, generator
 from bnn.inference._compile import Work, compiled, first_line, graph_of, traced, work
 from bnn.inference._energy import Energy
+from bnn.run import standing
 
 ROUTES = ("compiled", "traced", "vmapped", "looped")
 _COMPILING = 3.0  # seconds that a compilation takes, between its first time and the cached one
@@ -109,7 +110,12 @@ class Gradient:
             calls: that are still to come.
             announce: called before the seconds that it takes.
         """
-        if self._hastened or self.route != "traced" or self._saving() * calls < _COMPILING:
+        if (
+            self._hastened
+            or self.route != "traced"
+            or standing()
+            or self._saving() * calls < _COMPILING
+        ):
             return False
         announce()
         self._hastened = True  # what failed once would fail again, seconds later

@@ -6,16 +6,18 @@ so one call of the gradient serves all of them and none waits.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.errors import CheckpointError
 from bnn.inference import _microcanonical as dynamics
 from bnn.inference._metric import estimated, unit
 from bnn.inference._microcanonical import Array
+from bnn.run import Phase
 
 ADJUSTED = ("diverging", "energy_error", "acceptance_rate", "n_steps")
 UNADJUSTED = ("diverging", "energy_error", "energy_variance", "n_steps")
@@ -121,33 +123,19 @@ class Sampler:
             iterations: trajectories of each chain.
             between: called after each window with the leapfrogs of a trajectory.
         """
-        left = iterations
-        for share, most in _WINDOWS if iterations >= _FEW else ():
-            count = round(share * iterations)
-            self._learn(*self._window(count, most))
-            left -= count
-            between(self.steps)
-        self._window(left, _MOST)
-
-    def _window(self, iterations: int, most: float) -> tuple[Array, Array]:
-        """Trajectories that tune the step size; positions and gradients after each."""
-        log_step = average = centre = math.log(self.step)
-        error = 0.0
-        room = max(2, min(iterations, _STORED // self.z.size))
-        positions = deque(maxlen=room)  # the last ones, where there is no room for all
-        slopes = deque(maxlen=room)
-        for number in range(1, iterations + 1):
-            _, rate, _ = self.trajectory(min(self.steps, most))
-            error += (self.target - rate.mean() - error) / (number + _OFFSET)
-            log_step = centre - math.sqrt(number) / _GAMMA * error
-            weight = number**-_KAPPA
-            average += weight * (log_step - average)
-            self.step = math.exp(log_step)
-            positions.append(self.z.copy())
-            slopes.append(self.gradient.copy())
-            self._tell()
-        self.step = math.exp(average)
-        return np.concatenate(positions), np.concatenate(slopes)
+        windows = _WINDOWS if iterations >= _FEW else ()
+        counts = [round(share * iterations) for share, _ in windows]
+        most = [each for _, each in windows]
+        counts, most = [*counts, iterations - sum(counts)], [*most, _MOST]
+        windows = _Windows(self, counts, between)
+        with Phase("warmup", windows) as phase:
+            while windows.number < len(counts) and phase.goes_on():
+                if windows.taken < counts[windows.number]:
+                    _, rate, _ = self.trajectory(min(self.steps, most[windows.number]))
+                    windows.take(rate.mean())
+                    self._tell()
+                if windows.taken == counts[windows.number]:
+                    windows.end()
 
     def _learn(self, z: Array, slope: Array) -> None:
         before = self.scale
@@ -173,19 +161,14 @@ class Sampler:
         self, draws: int, names: tuple[str, ...], move: Callable[[], tuple[Array, ...]]
     ) -> tuple[Array, dict[str, Array]]:
         self.phase = "draws"
-        kept = np.empty((self.chains, draws, self.real), self.z.dtype)
-        stats = {name: np.empty((self.chains, draws)) for name in (*names, "lp", "step_size")}
-        for i in range(draws):
-            moved = move()
-            kept[:, i] = self.z[:, : self.real]
-            for name, value in zip(names, moved, strict=True):
-                stats[name][:, i] = value
-            added = self.z[:, self.real :].astype(np.float64)
-            stats["lp"][:, i] = 0.5 * (added**2).sum(1) - self.potential
-            stats["step_size"][:, i] = self.step
-            self.divergences += int(moved[0].sum())
-            self._tell()
-        return kept, stats
+        drawing = _Drawing(self, draws, names)
+        with Phase("draws", drawing) as phase:
+            while drawing.number < draws and phase.goes_on():
+                drawing.take(move())
+                self._tell()
+        phase.require(drawing.number > 0)
+        kept, stats = drawing.kept, drawing.stats
+        return kept[:, : drawing.number], {k: v[:, : drawing.number] for k, v in stats.items()}
 
     def settle(self, iterations: int, variance: float) -> None:
         """Tunes the step until the energy error of one unadjusted step has a variance.
@@ -194,12 +177,19 @@ class Sampler:
             iterations: stretches of each chain, at most 10 steps long.
             variance: wanted, per coordinate.
         """
-        for number in range(1, iterations + 1):
-            _, squares, broken = self._stretch(min(10, math.ceil(self.steps)))
-            found = np.inf if broken.any() else max(float(squares.mean()), 1e-300)
-            gap = min(max(math.log(variance / found), -6.0), 6.0) if found < np.inf else -6.0
-            # The variance grows as the sixth power of the step.
-            self.step *= math.exp(gap / 6 / max(1.0, number - iterations / 2) ** _KAPPA)
+        settling = _Settling(self)
+        with Phase("settling", settling) as phase:
+            while settling.number < iterations and phase.goes_on():
+                settling.number += 1
+                self._settle(variance, max(1.0, settling.number - iterations / 2) ** _KAPPA)
+
+    def _settle(self, variance: float, slower: float) -> None:
+        """One stretch, and what it teaches about the step."""
+        _, squares, broken = self._stretch(min(10, math.ceil(self.steps)))
+        found = np.inf if broken.any() else max(float(squares.mean()), 1e-300)
+        gap = min(max(math.log(variance / found), -6.0), 6.0) if found < np.inf else -6.0
+        # The variance grows as the sixth power of the step.
+        self.step *= math.exp(gap / 6 / slower)
 
     def draw_unadjusted(self, draws: int) -> tuple[Array, dict[str, Array]]:
         """As `draw`, of the Langevin dynamics without Metropolis steps."""
@@ -235,3 +225,169 @@ class Sampler:
     def _tell(self) -> None:
         self.iterations += 1
         self.report(self)
+
+    def state(self) -> dict[str, Any]:
+        """All that the draws to come depend on: a tree of arrays and numbers."""
+        return {
+            "random": self.random.view(np.int64),
+            "shared": self.shared.bit_generator.state,
+            "z": self.z,
+            "u": self.u,
+            "gradient": self.gradient,
+            "potential": self.potential,
+            "scale": self.scale,
+            "numbers": [float(v) for v in (self.step, self.length, self.acceptance)],
+            "counts": [self.iterations, self.divergences],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Sets it back to that.
+
+        Raises:
+            CheckpointError: positions, scales or step size are none.
+        """
+        arrays = {k: v.numpy() for k, v in state.items() if isinstance(v, Tensor)}
+        held = (arrays[k] for k in ("z", "u", "gradient", "potential", "scale"))
+        step, length, _ = state["numbers"]
+        right = all(np.isfinite(each).all() for each in held) and step > 0 and length > 0
+        if not right or (arrays["scale"] <= 0).any():
+            raise CheckpointError("The state of a sampler has a position, scale or step of NaN.")
+        self.shared.bit_generator.state = state["shared"]
+        self.random[:] = arrays["random"].view(np.uint64)
+        for name in ("z", "u", "gradient"):
+            getattr(self, name)[:] = arrays[name]
+        self.potential, self.scale = arrays["potential"], arrays["scale"]
+        self.step, self.length, self.acceptance = state["numbers"]
+        self.iterations, self.divergences = state["counts"]
+
+
+class _Windows:
+    """Warmup on its way: the window that it is in, and what that has brought."""
+
+    def __init__(self, sampler: Sampler, counts: list[int], between: Callable[[float], Any]):
+        self.sampler, self.counts, self.between = sampler, counts, between
+        self.passed: list[float] = []  # leapfrogs of a trajectory after each window that has ended
+        self._open()
+
+    @property
+    def number(self) -> int:
+        """Of the window, from 0."""
+        return len(self.passed)
+
+    def _open(self) -> None:
+        self.taken, self.error = 0, 0.0
+        self.average = self.centre = math.log(self.sampler.step)
+        iterations = self.counts[self.number] if self.number < len(self.counts) else 0
+        room = max(2, min(iterations, _STORED // self.sampler.z.size))
+        self.positions: deque[Array] = deque(maxlen=room)  # the last, where all have no room
+        self.slopes: deque[Array] = deque(maxlen=room)
+
+    def take(self, rate: float) -> None:
+        """Notes a trajectory: tunes the step size, keeps positions and gradients."""
+        sampler, self.taken = self.sampler, self.taken + 1
+        self.error += (sampler.target - float(rate) - self.error) / (self.taken + _OFFSET)
+        log_step = self.centre - math.sqrt(self.taken) / _GAMMA * self.error
+        self.average += self.taken**-_KAPPA * (log_step - self.average)
+        sampler.step = math.exp(log_step)
+        self.positions.append(sampler.z.copy())
+        self.slopes.append(sampler.gradient.copy())
+
+    def end(self) -> None:
+        """Ends a window."""
+        sampler = self.sampler
+        sampler.step = math.exp(self.average)
+        if self.number + 1 < len(self.counts):
+            sampler._learn(np.concatenate(self.positions), np.concatenate(self.slopes))
+        self._pass(sampler.steps)
+        self._open()
+
+    def _pass(self, steps: float) -> None:
+        self.passed.append(steps)
+        if self.number < len(self.counts):
+            self.between(steps)
+
+    def state(self) -> dict[str, Any]:
+        """See `bnn.run.Loop`."""
+        none = np.zeros((0, *self.sampler.z.shape), self.sampler.z.dtype)
+        return {
+            "sampler": self.sampler.state(),
+            "passed": torch.tensor(self.passed, dtype=torch.float64),
+            "numbers": [self.taken, self.error, self.average, self.centre],
+            "positions": np.stack(self.positions) if self.positions else none,
+            "slopes": np.stack(self.slopes) if self.slopes else none,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `bnn.run.Loop`."""
+        self.sampler.restore(state["sampler"])
+        for steps in state["passed"].tolist():
+            self._pass(steps)
+        self._open()
+        self.taken, self.error, self.average, self.centre = state["numbers"]
+        self.positions.extend(state["positions"].numpy())
+        self.slopes.extend(state["slopes"].numpy())
+
+
+class _Settling:
+    """The tuning of an unadjusted step on its way."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.number = sampler, 0
+
+    def state(self) -> dict[str, Any]:
+        """See `bnn.run.Loop`."""
+        return {"sampler": self.sampler.state(), "number": self.number}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `bnn.run.Loop`."""
+        self.sampler.restore(state["sampler"])
+        self.number = state["number"]
+
+
+class _Drawing:
+    """Draws on their way. They are no part of the state: each goes to the disk once."""
+
+    def __init__(self, sampler: Sampler, draws: int, names: tuple[str, ...]):
+        self.sampler, self.names, self.number, self.sent = sampler, names, 0, 0
+        self.kept = np.empty((sampler.chains, draws, sampler.real), sampler.z.dtype)
+        named = (*names, "lp", "step_size")
+        self.stats = {name: np.empty((sampler.chains, draws)) for name in named}
+
+    def take(self, moved: tuple[Array, ...]) -> None:
+        """Notes where the chains are, and what came of their last trajectory."""
+        sampler, i = self.sampler, self.number
+        self.kept[:, i] = sampler.z[:, : sampler.real]
+        for name, value in zip(self.names, moved, strict=True):
+            self.stats[name][:, i] = value
+        added = sampler.z[:, sampler.real :].astype(np.float64)
+        self.stats["lp"][:, i] = 0.5 * (added**2).sum(1) - sampler.potential
+        self.stats["step_size"][:, i] = sampler.step
+        sampler.divergences += int(moved[0].sum())
+        self.number += 1
+
+    def state(self) -> dict[str, Any]:
+        """See `bnn.run.Loop`."""
+        return {"sampler": self.sampler.state(), "number": self.number}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `bnn.run.Loop`."""
+        self.sampler.restore(state["sampler"])
+        self.number = state["number"]
+
+    def fresh(self) -> dict[str, Any]:
+        """See `bnn.run.Streaming`."""
+        new = slice(self.sent, self.number)
+        if new.start == new.stop:
+            return {}
+        self.sent = self.number
+        stats = {name: values[:, new] for name, values in self.stats.items()}
+        return {"kept": self.kept[:, new], "stats": stats}
+
+    def refill(self, chunk: Mapping[str, Any]) -> None:
+        """See `bnn.run.Streaming`."""
+        new = slice(self.sent, self.sent + chunk["kept"].shape[1])
+        if new.stop > self.number:
+            raise CheckpointError("A file of draws is not of this state.")
+        self.kept[:, new], self.sent = chunk["kept"].numpy(), new.stop
+        for name, values in self.stats.items():
+            values[:, new] = chunk["stats"][name].numpy()

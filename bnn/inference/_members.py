@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.data import Data
+from bnn.data import Batches, Data
 from bnn.handlers import branch, generator
 from bnn.inference._energy import Energy
 
@@ -79,27 +79,33 @@ class Members:
         each = args if self.own else ()
         return self.energy.batched(one, tensors["mode"], *each, *rows, *self.whole.values())
 
-    def batches(
-        self, seed: np.random.SeedSequence, *, passes: bool = True
-    ) -> Iterator[tuple[Any, ...]]:
+    def culprit(
+        self, tensors: Mapping[str, Tensor], batch: tuple[Any, ...], member: int
+    ) -> str | None:
+        """The site of a member that is not finite there, see `Energy.culprit`."""
+        z, args = tensors["mode"], batch[: len(self.data.tensors)]
+        own = tuple(arg[member] for arg in args) if self.own else args
+        return self.energy.culprit(z if self.axis is None else z[member], own)
+
+    def batches(self, seed: np.random.SeedSequence, *, passes: bool = True) -> Batches:
         """Endless: of every argument the rows of each member, (member, row, *), or those of all.
 
         After the arguments come the tensors of `rows` at the same rows, (member, row, *). `passes`
         is that of `Data.batches`.
         """
         if self.own:
-            return self._own([generator(branch(seed, k)) for k in range(self.axis or 1)], passes)
+            generators = [generator(branch(seed, k)) for k in range(self.axis or 1)]
+            return Batches(lambda: self._own(generators, passes), generators)
         rows = (each if self.axis else each[0] for each in self.rows.values())
         data = replace(self.data, tensors=(*self.data.tensors, *rows))
         return data.batches(self.batch_size, generator(branch(seed, 0)), passes=passes)
 
     def _own(self, generators: list[torch.Generator], passes: bool) -> Iterator[tuple[Any, ...]]:
-        """Each pass over the rows, or each batch, is a new random order for every member."""
+        """One pass over the rows, or one batch: a new random order for every member."""
         rows, size = self.data.rows, self.batch_size or self.data.rows
-        while True:
-            orders = torch.stack([torch.randperm(rows, generator=each) for each in generators])
-            for start in range(0, rows - size + 1 if passes else 1, size):
-                yield self._at(orders[:, start : start + size])
+        orders = torch.stack([torch.randperm(rows, generator=each) for each in generators])
+        for start in range(0, rows - size + 1 if passes else 1, size):
+            yield self._at(orders[:, start : start + size])
 
     def _at(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Arguments and tensors of `rows` at rows of each member, (member, row)."""

@@ -4,19 +4,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.data import Batches
 from bnn.diagnostics import Finding
 from bnn.errors import ConvergenceWarning, FitError, outside
 from bnn.inference._importance import of_guide
 from bnn.inference._progress import bar
+from bnn.inference._snapshots import Snapshots
 from bnn.inference._step import Objective, Step
 from bnn.method import Method, check_count, check_positive
+from bnn.run import Phase
 
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
@@ -27,11 +29,13 @@ _PATIENCE = 3  # judgements in a row: one alone is often chance
 _BUDGET = (0.7, 0.9)  # shares of the steps by which each of these cuts comes at the latest
 _PASSES = 4  # over the rows that a stretch of minibatches takes at least
 _TELLING = 0.3  # nats: minibatches whose mean over a stretch is noisier prove no convergence
+_LOST, _MOST = 3, 10  # steps that are left out: more are told, so many are an error
 _SHARE = 0.5  # of the steps: what a fit that may stop early takes as a rule
 _MATTERS = 0.1  # nats: a KL that much too large is a mean .45 standard deviations off
 _SIGMA = 3  # of the noise: at the end there is one judgement, and no patience
 _RESOLUTION = 1e-3  # nats: a smaller gain over a whole stretch changes nothing that is read off
 Schedule = str | Callable[[int], float]
+Culprit = Callable[[Mapping[str, Tensor], tuple[Any, ...], int], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,20 +136,22 @@ def maximise(
     settle: int = 0,
     epoch: int | None = 1,
     seed: np.random.SeedSequence | None = None,
-    watch: Callable[[int], None] | None = None,
+    watch: Snapshots | None = None,
+    culprit: Culprit = lambda tensors, batch, member: None,
 ) -> list[Tensor]:
-    """Adam on the objective, its tensors changed in place.
+    """Adam on the objective, its tensors changed in place: one phase of a fit.
 
-    A step whose objective or gradient is not finite is left out and the learning rate halved;
-    three in a row end the fit. Under the "plateau" schedule a stage ends at the average over its
-    flat stretches, or where none is told over about its second half (Polyak), which takes out the
-    noise of the steps; one that the budget cuts while it rises ends where it is. Members share the
-    steps and nothing else: each has its own learning rate, stages and end.
+    Where the objective or its gradient is not finite the step is left out, the fit goes back some
+    steps to where both were, and the learning rate is halved; the third time in a row, or the tenth
+    in all, ends the fit. Under the "plateau" schedule a stage ends at the
+    average over its flat stretches, or where none is told over about its second half (Polyak),
+    which takes out the noise of the steps; one that the budget cuts while it rises ends where it
+    is. Members share the steps and nothing else: each has its own learning rate, stages and end.
 
     Args:
         objective: see `bnn.inference._step.Objective`.
         tensors: leaves to optimise, by name; (member, *) each where there are members.
-        batches: endless.
+        batches: endless; `Batches`, or others, which are gone through again where a fit goes on.
         settings: steps, learning rate, schedule.
         what: name of the method, for the bar and for messages.
         label: name of the objective, for the bar.
@@ -157,33 +163,40 @@ def maximise(
             choice of rows; None where there is no such pass, and the budget alone ends the stages.
         seed: of the check of a compiled step; None where the objective is more than a function of
             its arguments, which is then never compiled.
-        watch: called before the first step and after each, with the number of steps taken; reads
-            the tensors.
+        watch: copies of the tensors on their way.
+        culprit: names the site of the model that is not finite at the tensors, of a member.
 
     Returns:
         Of each member the objective at each step, (step,).
 
     Raises:
-        FitError: not finite three times in a row.
+        FitError: not finite three times in a row, or ten times.
     """
+    given = batches
+    batches = given if isinstance(given, Batches) else Batches(lambda: given, ())
     trained = {name: leaf.requires_grad for name, leaf in tensors.items()}
     # Pyro may register one tensor under two names; it takes one step.
     unique = {id(leaf): name for name, leaf in reversed(list(tensors.items()))}.values()
     leaves = {name: tensors[name].requires_grad_() for name in unique}
     try:
-        step = Step(objective, leaves, noise, members, settings.schedule == "plateau")
+        averaging = settings.schedule == "plateau"
+        step = Step(objective, leaves, noise, members, averaging, back=True)
         climbs = [
             _Climb(step, index, settings, settle, epoch)
             for index in ([()] if members is None else [(i,) for i in range(members)])
         ]
+        ascent = _Ascent(step, climbs, batches, watch, culprit)
+        phase = Phase(f"{what}: {label}", ascent)
         with bar(settings.steps * len(climbs), what, progress) as shown:
-            if seed is not None:
-                first = [next(batches), next(batches)]
-                batches = chain(first, batches)
+            if seed is not None and not phase.frozen:
                 early = climbs[0].plateau is not None and climbs[0].plateau.judges
                 announce = lambda: shown.set_postfix_str("compiling the step, some seconds")
-                step.hasten(settings.steps * (_SHARE if early else 1.0), first, seed, announce)
-            _ascend(step, climbs, batches, settings, what, label, shown, settle, watch)
+                expected = settings.steps * (_SHARE if early else 1.0)
+                step.hasten(expected, batches.ahead(2), seed, announce)
+            with phase:
+                shown.update(sum(len(climb.history) for climb in climbs))
+                ascent.run(phase, settings, what, label, shown, settle)
+        phase.require(all(climb.history for climb in climbs))
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(trained[name])
@@ -196,52 +209,103 @@ def maximise(
             ConvergenceWarning,
             stacklevel=outside(),
         )
+    lost = max(climbs, key=lambda climb: climb.lost)
+    if lost.lost > _LOST:
+        warnings.warn(
+            f"{what}: the {label} was not finite at {lost.lost} steps, and the learning rate has "
+            f"been halved each time, to {settings.learning_rate * lost.rate:.2g}: the fit may have "
+            "ended at the edge of what is finite. Lower learning_rate, or rescale the data.",
+            ConvergenceWarning,
+            stacklevel=outside(),
+        )
     return [torch.tensor(climb.history) for climb in climbs]
 
 
-def _ascend(
-    step: Step,
-    climbs: "list[_Climb]",
-    batches: Iterator[tuple[Any, ...]],
-    settings: Optimised | Ascent,
-    what: str,
-    label: str,
-    shown: Any,
-    settle: int,
-    watch: Callable[[int], None] | None,
-) -> None:
+class _Ascent:
     """The loop itself."""
-    if watch is not None:
-        watch(0)
-    for number in range(settings.steps):
-        rates = [settings.learning_rate * climb.factor(number) for climb in climbs]
-        weight = min(1.0, (number + 1) / (settle + 1))
-        outcomes = step(next(batches), rates, weight)
-        for climb, (value, bad) in zip(climbs, outcomes, strict=True):
-            if climb.over:
-                continue
-            if climb.lost(bad):
-                which = f"{what} {climb.index[0] + 1}" if len(climbs) > 1 else what
-                raise FitError(
-                    f"{which}: {bad} was not finite three times in a row, last at step "
-                    f"{number}. Lower learning_rate (now {settings.learning_rate:g}), or "
-                    "rescale the data.",
-                    step=number,
-                    site=bad,
-                )
-            if not bad:
-                climb.take(value)
-                shown.update()
-        if watch is not None:
-            watch(number + 1)
-        if number % 20 == 0 and not shown.disable:
-            recent = [sum(h[-20:]) / max(len(h[-20:]), 1) for h in (c.history for c in climbs)]
-            text = f"{label} {max(recent):.5g}, learning rate {max(rates):.1g}"
-            shown.set_postfix_str(text, False)
-        if all(climb.over for climb in climbs):
-            break
-    for climb in climbs:
-        climb.finish()
+
+    def __init__(
+        self,
+        step: Step,
+        climbs: "list[_Climb]",
+        batches: Batches,
+        watch: Snapshots | None,
+        culprit: Culprit,
+    ):
+        self.step, self.climbs, self.batches, self.watch = step, climbs, batches, watch
+        self.culprit, self.number = culprit, 0
+
+    def state(self) -> dict[str, Any]:
+        """See `bnn.run.Loop`."""
+        return {
+            "number": self.number,
+            "step": self.step.whole(),
+            "batches": self.batches.state(),
+            "climbs": [climb.state() for climb in self.climbs],
+            "watch": None if self.watch is None else self.watch.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `bnn.run.Loop`."""
+        self.number = state["number"]
+        self.step.restore(state["step"])
+        self.batches.restore(state["batches"])
+        for climb, kept in zip(self.climbs, state["climbs"], strict=True):
+            climb.restore(kept)
+        if self.watch is not None:
+            self.watch.restore(state["watch"])
+
+    def run(
+        self,
+        phase: Phase,
+        settings: Optimised | Ascent,
+        what: str,
+        label: str,
+        shown: Any,
+        settle: int,
+    ) -> None:
+        """From where it is to the end, or until the phase is to stop."""
+        if self.watch is not None and self.number == 0:
+            self.watch(0)
+        climbs = self.climbs
+        while (
+            self.number < settings.steps
+            and not all(climb.over for climb in climbs)
+            and phase.goes_on()
+        ):
+            number = self.number
+            rates = [settings.learning_rate * climb.factor(number) for climb in climbs]
+            weight = min(1.0, (number + 1) / (settle + 1))
+            batch = next(self.batches)
+            outcomes = self.step(batch, rates, weight)
+            for climb, (value, bad) in zip(climbs, outcomes, strict=True):
+                if climb.over:
+                    continue
+                if climb.fails(bad):
+                    which = f"{what} {climb.index[0] + 1}" if len(climbs) > 1 else what
+                    site = self.culprit(self.step.lost, batch, climb.index[0] if climb.index else 0)
+                    often = "three times in a row" if climb.in_a_row == 3 else f"{_MOST} times"
+                    where = "" if site is None else f', for the site "{site}"'
+                    raise FitError(
+                        f"{which}: {bad} was not finite {often}{where}, last at step "
+                        f"{number}. Lower learning_rate (now {settings.learning_rate:g}), or "
+                        "rescale the data.",
+                        step=number,
+                        site=site or bad,
+                    )
+                if not bad:
+                    climb.take(value)
+                    shown.update()
+            self.number += 1
+            if self.watch is not None:
+                self.watch(self.number)
+            if number % 20 == 0 and not shown.disable:
+                recent = [sum(h[-20:]) / max(len(h[-20:]), 1) for h in (c.history for c in climbs)]
+                text = f"{label} {max(recent):.5g}, learning rate {max(rates):.1g}"
+                shown.set_postfix_str(text, False)
+        if not phase.cut and not phase.over:
+            for climb in climbs:
+                climb.finish()
 
 
 class _Climb:
@@ -260,7 +324,22 @@ class _Climb:
         plateau = settings.schedule == "plateau"
         self.plateau = Plateau(settings.steps, settle, epoch) if plateau else None
         self.history: list[float] = []
-        self.rate, self.in_a_row = 1.0, 0
+        self.rate, self.in_a_row, self.lost = 1.0, 0, 0
+
+    def state(self) -> dict[str, Any]:
+        """As a tree of tensors and numbers."""
+        return {
+            "history": torch.tensor(self.history, dtype=torch.float64),
+            "numbers": [self.rate, self.in_a_row, self.lost],
+            "plateau": None if self.plateau is None else self.plateau.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Sets it back to that."""
+        self.history = state["history"].tolist()
+        self.rate, self.in_a_row, self.lost = state["numbers"]
+        if self.plateau is not None:
+            self.plateau.restore(state["plateau"])
 
     @property
     def over(self) -> bool:
@@ -288,11 +367,12 @@ class _Climb:
             return self.rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         return self.rate
 
-    def lost(self, bad: str) -> bool:
-        """Notes whether a step was left out; True when it is the third in a row."""
+    def fails(self, bad: str) -> bool:
+        """Notes whether a step was left out; True when that ends the fit."""
         self.in_a_row = self.in_a_row + 1 if bad else 0
-        self.rate = self.rate / 2 if bad else self.rate
-        return self.in_a_row == 3
+        if bad:
+            self.rate, self.lost = self.rate / 2, self.lost + 1
+        return self.in_a_row == 3 or self.lost == _MOST
 
     def take(self, value: float) -> None:
         """Notes a step taken, and ends a stage when it is over."""
@@ -333,6 +413,14 @@ class Plateau:
         self.flat = 0  # judgements in a row that found it flat
         self.cut = False  # the budget ended a stage in which the objective was still rising
         self.gain = (math.nan, math.nan)  # and what is noise, where the last stage ended
+
+    def state(self) -> list[Any]:
+        """What changes, as a tree of numbers."""
+        return [self.start, self.drops, self.flat, self.cut]
+
+    def restore(self, state: list[Any]) -> None:
+        """Sets it back to that."""
+        self.start, self.drops, self.flat, self.cut = state
 
     def judge(self, history: list[float]) -> str:
         """After each step: "rising", "flat", "over" (a stage, that ended flat); "" untold."""

@@ -1,18 +1,20 @@
 """SGD at a constant rate: iterates that wander around a mode, and their moments."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.data import Batches
 from bnn.errors import FitError
 from bnn.handlers import branch
 from bnn.inference._members import Members
 from bnn.inference._progress import bar
 from bnn.inference._step import Rule, Step, over
 from bnn.inference._stiffness import Stiffness
+from bnn.run import Phase
 
 _HALVINGS = 10  # of the rate that is chosen here, in all
 
@@ -103,36 +105,27 @@ def collect(
         stable = 1 / stiffness.stiffest(z, torch.ones_like(z))
         rates = ((1 - momentum) * torch.minimum(best, stable)).reshape(-1).tolist()
     step = Step(members.objective, {"mode": z}, members=members.axis, rule=Sgd(momentum))
-    if compiled:
+    walk = _Walk(step, z, batches, rates, moments, rank)
+    phase = Phase("collection", walk)
+    if compiled and not phase.frozen:
         step.hasten(moments.stop, [next(batches), next(batches)], branch(seed, 1))
-    mode, halvings = z.detach().clone(), 0
-    while True:
-        try:
-            with bar(moments.stop, f"{what}, collecting", progress) as shown:
-                total, square, iterates = _wander(step, z, batches, rates, moments, rank, shown)
-            break
-        except _RunAway as away:
-            if rate is not None or halvings == _HALVINGS:
+    with phase, bar(moments.stop, f"{what}, collecting", progress) as shown:
+        shown.update(walk.number)
+        while walk.number < moments.stop and phase.goes_on():
+            away = walk.on()
+            shown.update(walk.number - shown.n)
+            if away is not None and (rate is not None or walk.halvings == _HALVINGS):
                 raise FitError(
-                    f"{what} {away.member + 1}: the log density was not finite at step {away.step} "
+                    f"{what} {away + 1}: the log density was not finite at step {walk.number} "
                     "of the collection: SGD has run away. Lower collection_rate (it was "
-                    f"{members.data.rows * rates[away.member]:.2g}).",
-                    step=away.step,
-                ) from None
-            rates[away.member] /= 2
-            halvings += 1
-            with torch.no_grad():
-                z.copy_(mode)
-                step.state["velocity"].zero_()
-    mean = total / len(moments)
-    variance = (square - len(moments) * mean**2) / (len(moments) - 1)
-    cloud = {
-        "mean": (mode.double() + mean).reshape(count, -1),
-        "scale": variance.clamp(min=0).sqrt().reshape(count, -1),
-        "deviations": (iterates - mean.unsqueeze(-2)).reshape(count, rank, -1),
-    }
-    virial = step.state["virial"].reshape(-1) / (moments.stop - moments.start)
-    return {name: each.to(z.dtype) for name, each in cloud.items()}, virial
+                    f"{members.data.rows * walk.rates[away]:.2g}).",
+                    step=walk.number,
+                    site=members.culprit({"mode": z}, next(batches), away),
+                )
+            if away is not None:
+                walk.again(away)
+    phase.require(walk.number == moments.stop)
+    return walk.cloud(), step.state["virial"].reshape(-1) / (moments.stop - moments.start)
 
 
 def drawn(cloud: dict[str, Tensor], count: int) -> Tensor:
@@ -144,38 +137,83 @@ def drawn(cloud: dict[str, Tensor], count: int) -> Tensor:
     return mean[:, None] + (own + common) / 2**0.5
 
 
-class _RunAway(Exception):
-    """A member's log density was not finite."""
+class _Walk:
+    """SGD on its way from a mode, and the moments of its iterates."""
 
-    def __init__(self, member: int, step: int):
-        super().__init__(member, step)
-        self.member, self.step = member, step
+    def __init__(
+        self,
+        step: Step,
+        z: Tensor,
+        batches: Batches,
+        rates: list[float],
+        moments: range,
+        rank: int,
+    ):
+        self.step, self.z, self.batches, self.rates = step, z, batches, rates
+        self.moments, self.halvings, self.mode = moments, 0, z.detach().clone()
+        kept = torch.linspace(0, len(moments) - 1, rank).round().int().tolist()
+        self._kept = {number: place for place, number in enumerate(kept)}
+        self._begin()
 
+    def _begin(self) -> None:
+        # iterates differ little: float64, and as seen from the mode
+        self.number, lead = 0, self.mode.shape[:-1]
+        self.total = torch.zeros_like(self.mode, dtype=torch.float64)
+        self.square = torch.zeros_like(self.total)
+        self.iterates = self.total.new_zeros((*lead, len(self._kept), self.mode.shape[-1]))
 
-def _wander(
-    step: Step,
-    z: Tensor,
-    batches: Iterator[tuple[Any, ...]],
-    rates: list[float],
-    moments: range,
-    rank: int,
-    shown: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum and sum of squares of iterates, and some of them (*, rank, size), as seen from z."""
-    kept = set(torch.linspace(0, len(moments) - 1, rank).round().int().tolist())
-    start = z.detach().double().clone()  # iterates differ little: float64, and from where they were
-    total = square = torch.zeros_like(start)
-    iterates: list[Tensor] = []
-    for number in range(moments.stop):
-        if number == moments.start:
-            step.state["virial"].zero_()
-        for member, (_, bad) in enumerate(step(next(batches), rates, 1.0)):
+    def on(self) -> int | None:
+        """One step; the member that has run away, if one has."""
+        if self.number == self.moments.start:
+            self.step.state["virial"].zero_()
+        for member, (_, bad) in enumerate(self.step(next(self.batches), self.rates, 1.0)):
             if bad:
-                raise _RunAway(member, number)
-        shown.update()
-        if number in moments:
-            away = z.detach().double() - start
-            total, square = total + away, square + away**2
-            if moments.index(number) in kept:
-                iterates.append(away)
-    return total, square, torch.stack(iterates, -2)
+                return member
+        if self.number in self.moments:
+            away = self.z.detach().double() - self.mode.double()
+            self.total, self.square = self.total + away, self.square + away**2
+            place = self._kept.get(self.moments.index(self.number))
+            if place is not None:
+                self.iterates[..., place, :] = away
+        self.number += 1
+        return None
+
+    def again(self, member: int) -> None:
+        """All from the mode once more, one member at half its rate."""
+        self.rates[member] /= 2
+        self.halvings += 1
+        with torch.no_grad():
+            self.z.copy_(self.mode)
+            self.step.state["velocity"].zero_()
+        self._begin()
+
+    def cloud(self) -> dict[str, Tensor]:
+        """See `collect`."""
+        count, rank, size = len(self.rates), len(self._kept), self.mode.shape[-1]
+        mean = self.total / len(self.moments)
+        variance = (self.square - len(self.moments) * mean**2) / (len(self.moments) - 1)
+        cloud = {
+            "mean": (self.mode.double() + mean).reshape(count, -1),
+            "scale": variance.clamp(min=0).sqrt().reshape(count, -1),
+            "deviations": (self.iterates - mean.unsqueeze(-2)).reshape(count, rank, size),
+        }
+        return {name: each.to(self.z.dtype) for name, each in cloud.items()}
+
+    def state(self) -> dict[str, Any]:
+        """See `bnn.run.Loop`."""
+        return {
+            "step": self.step.whole(),
+            "batches": self.batches.state(),
+            "mode": self.mode,
+            "rates": self.rates,
+            "numbers": [self.number, self.halvings],
+            "sums": [self.total, self.square, self.iterates],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `bnn.run.Loop`."""
+        self.step.restore(state["step"])
+        self.batches.restore(state["batches"])
+        self.mode, self.rates = state["mode"], state["rates"]
+        self.number, self.halvings = state["numbers"]
+        self.total, self.square, self.iterates = state["sums"]

@@ -1,5 +1,8 @@
 """Snapshots: copies of a tensor while it is fitted, for a picture that moves."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +32,18 @@ class Snapshots:
             self.kept.append((step, self.tensor.detach().clone()))
         if len(self.kept) > _FINER * self.count:
             self.kept, self.stride = self.kept[::2], 2 * self.stride
+
+    def state(self) -> dict[str, Any]:
+        """As a tree of tensors and numbers."""
+        steps = torch.tensor([step for step, _ in self.kept], dtype=torch.int64)
+        copies = [copy for _, copy in self.kept]
+        whole = torch.stack(copies) if copies else self.tensor.new_empty((0, *self.tensor.shape))
+        return {"steps": steps, "copies": whole, "numbers": [self.stride, self.now]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Sets it back to that."""
+        self.kept = list(zip(state["steps"].tolist(), state["copies"], strict=True))
+        self.stride, self.now = state["numbers"]
 
     def picked(self) -> tuple[Tensor, Tensor]:
         """Steps taken before each copy, (copy,), and the copies, (copy, *); the last is now."""

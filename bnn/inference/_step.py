@@ -4,7 +4,8 @@ Everything that changes from step to step is an argument of that function: the l
 the rule that moves them (Adam's moments), the rate, the weight of the KL, the noise, the minibatch.
 So it can be traced once and compiled, and eager and compiled steps are the same mathematics on the
 same noise. Several parameter sets (members) step together: then the objective has a value for each,
-and so has every leaf on its first axis; one whose gradient is not finite stays where it is, alone.
+and so has every leaf on its first axis. One whose objective or gradient is not finite stays where
+it is, alone, or goes back to where it was at most `BACK` steps before and both were finite.
 """
 
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from bnn.errors import PerformanceWarning, outside
+from bnn.errors import CheckpointError, PerformanceWarning, outside
 from bnn.handlers import branch, seeded
 from bnn.inference._compile import Work, compiled, first_line, graph_of
 
@@ -30,6 +31,7 @@ _MEMORY = (0.9, 0.99)  # Adam's. A scale starts many times too wide, with gradie
 _TINY = 1e-8
 _COMPILING = 3.0  # seconds that a compilation takes, between its first time and the cached one
 _CALL, _NUMBER = 5e-6, 0.1e-9  # seconds that it saves for each operation and number of a step
+BACK = 20  # steps between the points that a member may go back to
 _FEW = 1_000  # steps: below, not even the operations are counted
 
 
@@ -125,6 +127,8 @@ class Step:
         names: "objective", then the leaves: what may turn out not finite.
         state: that of the rule, and the running average of the leaves and its count.
         route: "eager" or "compiled".
+        good: leaves and state that members go back to; None where they stay.
+        lost: the leaves from which a member last went back.
 
     Args:
         objective: what to maximise.
@@ -134,6 +138,7 @@ class Step:
         members: parameter sets that step together; None where the objective is one number.
         averaging: keeps the running average of the leaves.
         rule: how the leaves are moved; it is given the same noise as the objective.
+        back: members go back, see above. A chain does not: it would not be one.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class Step:
         members: int | None = None,
         averaging: bool = False,
         rule: Rule | None = None,
+        back: bool = False,
     ):
         self.objective, self.noise, self.leaves = objective, noise, dict(leaves)
         self.rule = rule or Adam()
@@ -156,6 +162,8 @@ class Step:
             average = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
             self.state |= {"average": average, "averaged": torch.zeros(lead, **numbers)}
         self.route = "eager"
+        self.good, self.steps = self._present() if back else None, 0
+        self.lost: dict[str, Tensor] = self.leaves
         self._rate, self._weight = torch.zeros(lead, **numbers), torch.zeros((), **numbers)
         self._given: Any = None
         self._program: Any = None
@@ -170,16 +178,64 @@ class Step:
             self._weight.fill_(weight)
             self._given = (list(rates), weight)
         noise = self.noise(batch)
+        fresh = self.good is not None and self.steps % BACK == 0
+        before = self._present() if fresh else None
         if self._program is not None and self._fits(batch):
             outcome = self._program(batch, noise)
         else:
             outcome = self._eager(self.leaves, self.state, self._rate, self._weight, noise, batch)
         values, bad = outcome.reshape(2, -1).tolist()
+        self.steps += 1
+        if self.good is not None and min(bad) < len(self.names):
+            self._go_back([which < len(self.names) for which in bad], before or self.good)
+        elif before is not None:
+            self.good = before
         names = [*self.names, ""]
         return [(value, names[int(which)]) for value, which in zip(values, bad, strict=True)]
 
+    def mark(self) -> None:
+        """Makes the next step's start a point to go back to, if it turns out finite."""
+        self.steps = 0
+
+    def _present(self) -> dict[str, Any]:
+        return tree_map(lambda t: t.detach().clone(), {"leaves": self.leaves, "state": self.state})
+
+    def _go_back(self, bad: list[bool], before: dict[str, Any]) -> None:
+        """Sets the bad members back; `before` is where the others may go back to from now on."""
+        lost = torch.tensor(bad, device=self._rate.device).reshape(self._rate.shape)
+        chosen = lambda old, new: torch.where(over(lost, old), old, new)
+        present = self._present()
+        self.lost = present["leaves"]
+        self.good = tree_map(chosen, self.good, before)
+        self._set(tree_map(chosen, self.good, present))
+
+    def _set(self, place: Mapping[str, Any]) -> None:
+        """Leaves and state, in place: a compiled step knows them by their memory."""
+        now = tree_flatten({"leaves": self.leaves, "state": self.state})[0]
+        with torch.no_grad():
+            for each, kept in zip(now, tree_flatten(dict(place))[0], strict=True):
+                each.copy_(kept)
+
+    def whole(self) -> dict[str, Any]:
+        """All that the steps to come depend on, besides noise and batches: a tree of tensors."""
+        now = {"leaves": self.leaves, "state": self.state}
+        return {"now": now, "good": self.good, "steps": self.steps}
+
+    def restore(self, whole: Mapping[str, Any]) -> None:
+        """Sets leaves and state to what they were.
+
+        Raises:
+            CheckpointError: the leaves are not finite.
+        """
+        for name, leaf in whole["now"]["leaves"].items():
+            if not torch.isfinite(leaf).all():
+                raise CheckpointError(f'The state of a fit is not finite: its "{name}".')
+        self._set(whole["now"])
+        self.good, self.steps, self._given = whole["good"], whole["steps"], None
+
     def settle(self, index: tuple[int, ...]) -> None:
         """Sets the leaves of one member to their running average, which starts anew."""
+        self.mark()
         with torch.no_grad():
             for name, leaf in self.leaves.items():
                 leaf[index] = self.state["average"][name][index]

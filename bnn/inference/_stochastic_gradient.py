@@ -13,7 +13,7 @@ exactly, at every stable h (BAOAB of Leimkuhler and Matthews); elsewhere the err
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.data import Data
+from bnn.data import Batches, Data
 from bnn.diagnostics import Finding, warn
-from bnn.errors import ApproximationWarning, FitError
+from bnn.errors import ApproximationWarning, CheckpointError, FitError
 from bnn.handlers import branch, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
@@ -33,6 +33,7 @@ from bnn.inference._step import Rule, Step, over
 from bnn.inference._stiffness import Stiffness
 from bnn.method import Method, Model, check_count, check_positive
 from bnn.posterior import Posterior
+from bnn.run import Phase
 from bnn.sites import Sites, require_continuous, require_minibatches, require_no_parameters
 
 _CLIMB = 0.5  # of warmup: ascent to a mode; the rest is the sampler's, its draws not kept
@@ -40,6 +41,7 @@ _WIDEST = 10.0  # scales, in those of the prior, where the density is flat
 _LONGEST, _STABLE = 0.6, 0.7  # step size; times the fastest frequency (2 is where steps diverge)
 _NOISE = 0.3  # what minibatches may add to the variance in any direction, relative to it
 _EXPLORING = 0.5  # of a cycle: no draws are kept
+_STATS = ("lp", "step_size", "temperature", "noise")
 _LIMIT, _NOISY = 0.1, 0.5  # error of the temperature, and noise, above which draws are doubtful
 
 
@@ -144,12 +146,12 @@ class Langevin(Rule):
 
 def kept_steps(steps: int, draws: int, cycles: int | None) -> list[int]:
     """Steps after which a draw is kept: evenly spread over those that sample."""
-    sampling = [k for k in range(steps) if _phase(k, steps, cycles) >= _EXPLORING]
+    sampling = [k for k in range(steps) if _place(k, steps, cycles) >= _EXPLORING]
     count = min(draws, len(sampling))
     return [sampling[-(-(i + 1) * len(sampling) // count) - 1] for i in range(count)]
 
 
-def _phase(step: int, steps: int, cycles: int | None) -> float:
+def _place(step: int, steps: int, cycles: int | None) -> float:
     """How far a cycle has come at a step, in [0, 1); 1 where there are none."""
     return 1.0 if cycles is None else step * cycles / steps % 1
 
@@ -186,16 +188,21 @@ def draw(
             what=name,
             progress=progress,
             members=members.axis,
+            culprit=members.culprit,
             seed=compiled,
         )
     with seeded(branch(seed, 4)):
         widest = _WIDEST * energy.prior_scale(branch(seed, 5))
-        chains = _Chains(method, members, z, batches, widest)
-        if compiled is not None:
+        chains = _Chains(method, members, z, batches, widest, method.warmup - climb)
+        phase = Phase("draws", chains)
+        if compiled is not None and not phase.frozen:
             first = [next(batches), next(batches)]
             chains.step.hasten(method.steps + method.warmup - climb, first, branch(compiled, 0))
-        with bar(method.steps + method.warmup - climb, name, progress) as shown:
-            positions, stats = chains.run(method.warmup - climb, shown)
+        with bar(method.steps + method.warmup - climb, name, progress) as shown, phase:
+            shown.update(chains.number + chains.burn)
+            chains.run(phase, shown)
+        phase.require(bool(chains.positions))
+        positions, stats = chains.kept()
     warn(of_spread(stats), ApproximationWarning)
     return Posterior(
         model=model,
@@ -208,59 +215,107 @@ def draw(
 
 
 class _Chains:
-    """Chains on their way."""
+    """Chains on their way: first `burn` steps, counted up to 0, then those that draws come from."""
 
     def __init__(
         self,
         method: Diffusion,
         members: Members,
         z: Tensor,
-        batches: Iterator[tuple[Any, ...]],
+        batches: Batches,
         widest: Tensor,
+        burn: int,
     ):
         self.method, self.z = method, z.detach().requires_grad_()
-        self.batches, self.widest = batches, widest
-        self.stiffness = Stiffness(members, batches)
+        self.batches, self.widest, self.burn = batches, widest, burn
+        self.members, self.stiffness = members, Stiffness(members, batches)
         self.rates = [method.step_size or _LONGEST] * method.chains
         fresh, rule = lambda *_: (torch.randn_like(z),), Langevin(method.damping)
         self.step = Step(members.objective, {"mode": self.z}, fresh, members.axis, rule=rule)
         self.noisiest = torch.zeros(method.chains, dtype=torch.float64)
         self.lost, self.lp = [0] * method.chains, [math.nan] * method.chains
+        self.number, self.measured, self.since, self.sent = -burn, 0, 0, 0
+        self.total = torch.zeros(method.chains, dtype=torch.float64)  # of lp, since the last draw
+        self.positions: list[Tensor] = []
+        self.stats: dict[str, list[Tensor]] = {k: [] for k in _STATS}
 
-    def run(self, burn: int, shown: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Burns in, with scales measured at the mode and on the way; then draws.
-
-        Returns:
-            Positions, (chain, draw, size), and the statistics, (chain, draw) each.
-        """
-        method = self.method
-        for part in (burn // 4, burn - burn // 4):
-            self.measure()
-            for _ in range(part):
-                self.advance(1.0, shown)
+    def run(self, phase: Phase, shown: Any) -> None:
+        """Burns in, with scales measured at the mode and on the way; then draws."""
+        method, virial = self.method, self.step.state["virial"]
         wanted = set(kept_steps(method.steps, method.draws, method.cycles))
-        positions: list[Tensor] = []
-        kept: dict[str, list[Tensor]] = {k: [] for k in ("lp", "step_size", "temperature", "noise")}
-        virial, rates = self.step.state["virial"], torch.tensor(self.rates, dtype=torch.float64)
-        total, since = torch.zeros(method.chains, dtype=torch.float64), 0  # since the last draw
-        for number in range(method.steps):
-            phase = _phase(number, method.steps, method.cycles)
-            factor = 1.0 if method.cycles is None else 0.5 * (1 + math.cos(math.pi * phase))
-            if phase < _EXPLORING:
-                since = 0
-            if since == 0:
+        measures = (-self.burn, self.burn // 4 - self.burn)
+        if len(self.positions) != sum(number < self.number for number in wanted):
+            raise CheckpointError("The state of a sampler has other draws than it says.")
+        while self.number < method.steps and phase.goes_on():
+            while self.measured < len(measures) and self.number >= measures[self.measured]:
+                self.measure()
+                self.measured += 1
+            if self.number < 0:
+                self.advance(1.0, shown)
+                self.number += 1
+                continue
+            place = _place(self.number, method.steps, method.cycles)
+            factor = 1.0 if method.cycles is None else 0.5 * (1 + math.cos(math.pi * place))
+            if place < _EXPLORING:
+                self.since = 0
+            if self.since == 0:
                 virial.zero_()
-                total.zero_()
-            total += torch.tensor(self.advance(factor, shown), dtype=torch.float64)
-            since += 1
-            if number in wanted:
-                positions.append(self.z.detach().reshape(method.chains, -1).clone())
-                kept["lp"].append(total / since)
-                kept["step_size"].append(factor * rates)
-                kept["temperature"].append(virial.reshape(-1).double() / since)
-                kept["noise"].append(self.noise(factor * rates))
-                since = 0
-        return torch.stack(positions, 1), {k: torch.stack(v, 1) for k, v in kept.items()}
+                self.total.zero_()
+            self.total += torch.tensor(self.advance(factor, shown), dtype=torch.float64)
+            self.since += 1
+            if self.number in wanted:
+                rates = factor * torch.tensor(self.rates, dtype=torch.float64)
+                self.positions.append(self.z.detach().reshape(method.chains, -1).clone())
+                self.stats["lp"].append(self.total / self.since)
+                self.stats["step_size"].append(rates)
+                self.stats["temperature"].append(virial.reshape(-1).double() / self.since)
+                self.stats["noise"].append(self.noise(rates))
+                self.since = 0
+            self.number += 1
+
+    def kept(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Positions, (chain, draw, size), and the statistics, (chain, draw) each."""
+        stats = {k: torch.stack(v, 1) for k, v in self.stats.items()}
+        return torch.stack(self.positions, 1), stats
+
+    def state(self) -> dict[str, Any]:
+        """See `bnn.run.Loop`."""
+        return {
+            "step": self.step.whole(),
+            "batches": self.batches.state(),
+            "rates": self.rates,
+            "noisiest": self.noisiest,
+            "lost": self.lost,
+            "lp": torch.tensor(self.lp, dtype=torch.float64),
+            "total": self.total,
+            "numbers": [self.number, self.measured, self.since],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `bnn.run.Loop`."""
+        self.step.restore(state["step"])
+        self.batches.restore(state["batches"])
+        self.rates, self.noisiest, self.lost = state["rates"], state["noisiest"], state["lost"]
+        self.lp, self.total = state["lp"].tolist(), state["total"]
+        self.number, self.measured, self.since = state["numbers"]
+        if not min(self.rates) > 0 or not torch.isfinite(self.step.state["scale"]).all():
+            raise CheckpointError("The state of a sampler has a scale or step size of NaN.")
+
+    def fresh(self) -> dict[str, Any]:
+        """See `bnn.run.Streaming`."""
+        new = slice(self.sent, len(self.positions))
+        self.sent = new.stop
+        if new.start == new.stop:
+            return {}
+        stats = {k: torch.stack(v[new]) for k, v in self.stats.items()}
+        return {"positions": torch.stack(self.positions[new]), "stats": stats}
+
+    def refill(self, chunk: Mapping[str, Any]) -> None:
+        """See `bnn.run.Streaming`."""
+        self.positions.extend(chunk["positions"])
+        for name, values in self.stats.items():
+            values.extend(chunk["stats"][name])
+        self.sent = len(self.positions)
 
     def advance(self, factor: float, shown: Any) -> list[float]:
         """One step of every chain, left out where it is not finite.
@@ -268,7 +323,8 @@ class _Chains:
         Returns:
             The log joint of each chain before the step, on its minibatch.
         """
-        outcomes = self.step(next(self.batches), [factor * h for h in self.rates], 1.0)
+        batch = next(self.batches)
+        outcomes = self.step(batch, [factor * h for h in self.rates], 1.0)
         for chain, (value, bad) in enumerate(outcomes):
             self.lost[chain] = self.lost[chain] + 1 if bad else 0
             self.lp[chain] = self.lp[chain] if bad else value
@@ -276,7 +332,9 @@ class _Chains:
                 raise FitError(
                     f"{type(self.method).__name__} {chain + 1}: the log density was not finite "
                     "three times in a row: the chain has run away. Lower step_size (it was "
-                    f"{self.rates[chain]:.2g}), or rescale the data."
+                    f"{self.rates[chain]:.2g}), or rescale the data.",
+                    step=self.number + self.burn,
+                    site=self.members.culprit({"mode": self.z}, batch, chain) or bad,
                 )
         shown.update()
         return self.lp
@@ -296,7 +354,8 @@ class _Chains:
         if not all(torch.isfinite(torch.as_tensor(e)).all() for e in (self.rates, state["scale"])):
             raise FitError(
                 f"{type(method).__name__}: the gradient is not finite where the chains are. "
-                "Rescale the data, or narrow the priors."
+                "Rescale the data, or narrow the priors.",
+                step=self.number + self.burn,
             )
 
     def noise(self, rates: Tensor) -> Tensor:

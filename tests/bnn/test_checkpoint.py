@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnn
-from bnn import checkpoint, handlers
+from bnn import checkpoint, files, handlers
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
 TINY = bnn.SVI(steps=30, draws=20)
@@ -203,7 +203,7 @@ def forge(path, posterior, change, text=None, **tensors):
     made |= {f"data/{i}": v for i, v in enumerate(posterior.data.tensors)} | tensors
     made = {k: v for k, v in made.items() if v is not None}
     text = text or json.dumps(manifest)
-    save_file(made, path, {"bnn": text, "sha256": checkpoint._digest(text, made)})
+    save_file(made, path, {"bnn": text, "sha256": files.digest(text, made)})
 
 
 def test_the_forger_can_write_a_right_file(tmp_path, fitted):

@@ -343,9 +343,10 @@ def test_weights_of_other_rows(monkeypatch):
 def test_burn_in_kept_by_sghmc(monkeypatch):
     plain = _stochastic_gradient._Chains.run
 
-    def from_afar(self, burn, shown):
+    def from_afar(self, phase, shown):
         self.z.data += 1e3
-        return plain(self, 4, shown)
+        self.burn, self.number = 4, -4
+        return plain(self, phase, shown)
 
     monkeypatch.setattr(_stochastic_gradient._Chains, "run", from_afar)
     with warnings.catch_warnings():
