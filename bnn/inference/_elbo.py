@@ -19,6 +19,7 @@ from bnn.sites import Sites
 
 _EVALUATIONS = 10_000_000  # rows x draws that the final ELBO may cost,
 _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
+_TRIED = 20  # draws at which a site that is not finite is looked for
 _AT_ONCE = 100_000  # rows x draws in memory together
 Needs = dict[int | str, tuple[Draw, tuple[int, ...]]]
 """The law and the shape of each noise: the family's own by number, what rows draw by name."""
@@ -84,6 +85,19 @@ class Bound:
             return likelihood.mean() + weight * (prior.mean() + entropy)
         finally:
             self.family.tensors = own
+
+    def culprit(
+        self, tensors: Mapping[str, Tensor], batch: tuple[Any, ...], member: int
+    ) -> str | None:
+        """A site that is not finite at one of some draws, see `Energy.culprit`."""
+        own = self.family.tensors
+        self.family.tensors = {name: tensors[f"guide.{name}"] for name in own}
+        try:
+            with torch.no_grad():
+                z, _ = self.family.sample(torch.randn, _TRIED)
+        finally:
+            self.family.tensors = own
+        return next((found for one in z if (found := self.energy.culprit(one, batch))), None)
 
     def noise(self, batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """What one estimate takes on a batch, in the order it asks for it."""

@@ -195,6 +195,7 @@ def train(
             label="log joint",
             progress=progress,
             members=members.axis,
+            culprit=members.culprit,
             epoch=None if sites.subsampled else data.epoch(method.batch_size),
             seed=None if sites.subsampled else branch(seed, 4),
             watch=snapshots if method.snapshots else None,

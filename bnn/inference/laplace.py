@@ -9,9 +9,8 @@ posterior ends at a mode, and a fit that is not at one is refused. The curvature
 all rows, whatever the size of the minibatches.
 
 When not to use it: several modes, or a mode far from the mass (funnels, latent scales of many
-weights). Draws of a net leave the region in which it is linear, and its sampled predictions can be
-far worse than the linearised ones, the Gauss-Newton H being meant for those. No gradient vanishes
-at the kinks of a ReLU net.
+weights); ReLU kinks, where no gradient vanishes. Draws of a net leave the region in which it is
+linear, and sampled predictions can be far worse than linearised ones, which Gauss-Newton is for.
 """
 
 import warnings
@@ -145,6 +144,7 @@ class Laplace(Optimised):
                     what="Laplace",
                     progress=progress,
                     members=members.axis,
+                    culprit=members.culprit,
                     epoch=data.epoch(self.batch_size),
                     seed=None if leftovers else branch(seed, 4),
                 )

@@ -84,6 +84,7 @@ class MAP(Optimised):
                 what="MAP",
                 progress=progress,
                 members=members.axis,
+                culprit=members.culprit,
                 epoch=None if sites.subsampled else data.epoch(self.batch_size),
                 seed=None if leftovers or sites.subsampled else branch(seed, 4),
             )

@@ -174,6 +174,7 @@ class SVI(Optimised):
                     label="ELBO",
                     progress=progress,
                     noise=bound.noise,
+                    culprit=bound.culprit,
                     settle=self.annealing,
                     epoch=None if sites.subsampled else data.epoch(self.batch_size),
                     seed=None if leftovers or sites.subsampled else branch(seed, 4),

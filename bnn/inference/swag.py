@@ -154,6 +154,7 @@ class SWAG(Optimised):
                     what="SWAG",
                     progress=progress,
                     members=members.axis,
+                    culprit=members.culprit,
                     epoch=None if sites.subsampled else data.epoch(self.batch_size),
                     seed=branch(seed, 3) if plain else None,
                 )
