@@ -3,6 +3,7 @@
 labels          `ece`, `reliability`, `brier`, `brier_decomposition`, `nll`
 numbers         `interval_coverage`, `sharpness`, `pit`, `loo_pit`, `crps`
 both            `log_score`, `joint_log_score` with `dyadic`
+PIT and ranks   `uniformity`
 recalibration   `temperature`, `isotonic`, `quantiles`: fitted to held-out rows, then called
 
 They take what a `Prediction` holds, or any tensors, NumPy arrays or lists of those shapes:
@@ -32,6 +33,7 @@ from bnn.calibration.recalibration import (
     temperature,
 )
 from bnn.calibration.scores import dyadic, joint_log_score, log_score
+from bnn.calibration.uniform import Uniformity, uniformity
 
 __all__ = [
     "Brier",
@@ -39,6 +41,7 @@ __all__ = [
     "Quantiles",
     "Reliability",
     "Temperature",
+    "Uniformity",
     "brier",
     "brier_decomposition",
     "crps",
@@ -55,4 +58,5 @@ __all__ = [
     "reliability",
     "sharpness",
     "temperature",
+    "uniformity",
 ]
