@@ -37,11 +37,13 @@ from bnn.prediction import Prediction
 from bnn.prior import prior_predictive
 from bnn.reference import reference
 from bnn.run import Checkpoint
+from bnn.simulation import SBC, sbc
 
 __all__ = [
     "MAP",
     "MCLMC",
     "NUTS",
+    "SBC",
     "SGHMC",
     "SGLD",
     "SVI",
@@ -75,6 +77,7 @@ __all__ = [
     "models",
     "prior_predictive",
     "reference",
+    "sbc",
     "selective",
 ]
 __version__ = "0.1.0"
