@@ -1,6 +1,6 @@
 """Bayesian neural nets in Pyro: write a model, call `fit`, compare posteriors in ArviZ."""
 
-from bnn import calibration, conformal, models, selective
+from bnn import calibration, conformal, models, plots, selective
 from bnn.checkpoint import load
 from bnn.compare import compare
 from bnn.diagnostics import Finding, Report
@@ -75,6 +75,7 @@ __all__ = [
     "fit",
     "load",
     "models",
+    "plots",
     "prior_predictive",
     "reference",
     "sbc",

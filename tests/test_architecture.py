@@ -18,7 +18,7 @@ INFERENCE = [f for f in FILES if f.startswith("bnn/inference/")]
 METHOD_FILES = [f for f in INFERENCE if not Path(f).name.startswith("_")]
 ARRAYS = [f for f in FILES if re.match(r"bnn/(calibration/|(arrays|conformal|selective)\.py)", f)]
 CORE = [f for f in FILES if f not in MODELS + INFERENCE]
-ROOMS = [bnn, bnn.models, bnn.inference, bnn.calibration]  # with an __all__ each
+ROOMS = [bnn, bnn.models, bnn.inference, bnn.calibration, bnn.plots]  # with an __all__ each
 # the package's face, its command, and the estimators, which nothing in it imports
 DOORS = ("bnn/__init__.py", "bnn/__main__.py", "bnn/sklearn.py")
 LAZY = {"arviz", "matplotlib", "sklearn", "pandas", "xarray"}  # slow to import, and not always used

@@ -4,23 +4,38 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 
-from bnn import DataError, Prediction, plots
+import bnn
+from bnn import SBC, DataError, Prediction, calibration, plots
+from bnn.plots import _style
+from bnn.selective import risk_coverage
 
 ROWS = 40
 DRAWS = torch.randn(1, 200, ROWS, generator=torch.Generator().manual_seed(0))
 Y = torch.linspace(-3, 3, ROWS)
 LABELS = torch.arange(ROWS) % 3
+X = torch.linspace(1, -1, ROWS)  # not sorted upwards: the plots have to
 
 
 def numbers(shift=0.0):
     y = DRAWS + shift
     return Prediction(f=y, y=y, mean=y.mean((0, 1)), aleatoric=Y * 0 + 1, epistemic=Y * 0)
+
+
+def curve(draws=200, chains=2, inputs=(X,)):
+    """Mean x with epistemic sd .5 and noise of sd 1: f and y are what they say."""
+    noise = torch.Generator().manual_seed(1)
+    f = X + 0.5 * torch.randn(chains, draws, ROWS, generator=noise)
+    y = f + torch.randn(f.shape, generator=noise)
+    mean, spread = f.mean((0, 1)), f.flatten(0, 1).var(0, correction=0)
+    return Prediction(f=f, y=y, mean=mean, aleatoric=Y * 0 + 1, epistemic=spread, inputs=inputs)
 
 
 def labels():
@@ -31,11 +46,51 @@ def labels():
     )
 
 
+def ranks(power=1.0):
+    """Of three quantities in 100 replicates, among 9 draws."""
+    u = torch.rand(100, 3, generator=torch.Generator().manual_seed(2)) ** power
+    names = ("a", "f[0]", "log_likelihood")
+    return SBC((u * 10).long(), names, 9, torch.zeros(3), {}, 1.0)
+
+
+CURVE = risk_coverage([0.1, 0.2, 0.3, 0.4], [0.0, 1.0, 0.0, 3.0])
+TABLE = pandas.DataFrame(
+    {"log_score": [-1.0, -0.5], "log_score_se": [0.1, float("nan")]}, index=["worse", "better"]
+)
+HISTORY = torch.cat([torch.linspace(-1e6, -100, 50), torch.linspace(-100, -10, 450)])
+
 PLOTS = {
+    "band": lambda **k: plots.band(curve(), (X, Y), **k),
+    "decomposition": lambda **k: plots.decomposition(curve(), **k),
+    "functions": lambda **k: plots.functions(curve(), **k),
+    "trace": lambda **k: plots.trace(curve(chains=3), **k),
+    "history": lambda **k: plots.history({"a": HISTORY, "b": HISTORY, "c": HISTORY}, **k),
+    "pit": lambda **k: plots.pit({"a": numbers(), "b": numbers(1.0)}, Y, **k),
+    "risk_coverage": lambda **k: plots.risk_coverage({"a": CURVE, "b": CURVE}, **k),
+    "sbc": lambda **k: plots.sbc(ranks(), **k),
     "truth": lambda **k: plots.truth(numbers(), Y, **k),
     "coverage": lambda **k: plots.coverage({"a": numbers(), "b": numbers(1.0)}, Y, **k),
     "reliability": lambda **k: plots.reliability({"a": labels(), "b": labels()}, LABELS, **k),
 }
+
+
+def told(ax):
+    """What the legend says."""
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def area(ax, i):
+    """(x, lower, upper) of the i-th filled area, by x."""
+    path = ax.collections[i].get_paths()[0].vertices
+    x = np.unique(path[:, 0])
+    ends = [path[path[:, 0] == v, 1] for v in x]
+    return x, np.array([v.min() for v in ends]), np.array([v.max() for v in ends])
+
+
+def line_of(ax, label):
+    """(x, y) of the line of that label."""
+    (line,) = [each for each in ax.get_lines() if each.get_label() == label]
+    return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +128,22 @@ def test_axes_tell_their_units():
     assert "(" not in plots.truth(numbers(), Y).get_xlabel()
     assert "probability" in plots.coverage(numbers(), Y).get_xlabel()
     assert "probability" in plots.reliability(labels(), LABELS).get_xlabel()
+    assert plots.band(curve(), unit="m", label="t (s)").get_ylabel() == "y (m)"
+    assert plots.band(curve(), label="t (s)").get_xlabel() == "t (s)"
+    assert plots.decomposition(curve(), unit="m").get_ylabel() == "variance of y (m²)"
+    assert plots.decomposition(curve(), unit="m/s").get_ylabel() == "variance of y ((m/s)²)"
+    assert plots.decomposition(labels()).get_ylabel() == "entropy of the label (nats)"
+    assert plots.functions(curve(), unit="m").get_ylabel() == "f (m)"
+    assert plots.trace(curve(), unit="m").get_ylabel().endswith("(m)")
+    assert plots.risk_coverage(CURVE, risk="cost", unit="EUR").get_ylabel() == "cost of those (EUR)"
+    assert "(nats" in plots.history(HISTORY).get_ylabel()
+    assert "(nats" in plots.compare(TABLE).get_xlabel()
 
 
 def test_every_series_is_in_the_legend(plot):
     ax = plot()
-    texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert len(texts) == len(set(texts)) >= 3
+    texts = told(ax)
+    assert len(texts) == len(set(texts)) >= 2
 
 
 def test_truth_counts_the_rows_inside_the_interval():
@@ -106,7 +171,8 @@ def test_reliability_draws_the_share_of_right_labels():
 
 
 def test_colours_can_be_told_apart_and_keep_their_meaning():
-    for palette in (plots.SERIES, (plots.TOTAL, plots.EPISTEMIC, plots.TRUTH, plots.IDEAL)):
+    parts = (plots.ALEATORIC, plots.EPISTEMIC, plots.TOTAL, plots.TRUTH)
+    for palette in (plots.SERIES, parts):
         colours = [torch.tensor(to_rgb(c)) for c in palette]
         apart = [(a - b).norm() for i, a in enumerate(colours) for b in colours[:i]]
         assert min(apart) > 0.25
@@ -125,8 +191,327 @@ def test_colours_can_be_told_apart_and_keep_their_meaning():
         (lambda: plots.coverage(numbers(), Y[:-1]), "rows must be the same"),
         (lambda: plots.reliability(labels(), LABELS[:-1]), r"\(40,\) and y has \(39,\)"),
         (lambda: plots.reliability(labels(), LABELS[:, None]), r"\(40, 1\)"),
+        (lambda: plots.band(labels()), "decomposition"),
+        (lambda: plots.band(numbers()), "has none"),
+        (lambda: plots.band(curve(), column=1), "column 1"),
+        (lambda: plots.band(curve(), (X, Y[:-1])), r"40 rows and y of shape \(39,\)"),
+        (lambda: plots.band(curve(), X), r"data=\(x, y\)"),
+        (lambda: plots.band(curve(), level=1.0), "probability"),
+        (lambda: plots.decomposition(numbers(), column=0), "has none"),
+        (lambda: plots.functions(curve(), output=1), r"\(2, 200, 40\)"),
+        (lambda: plots.functions(curve(), draws=0), "at least 1"),
+        (lambda: plots.trace(curve(), rows=[40]), r"0\.\.39"),
+        (lambda: plots.trace(curve(), rows=[]), r"0\.\.39"),
+        (lambda: plots.pit(labels(), LABELS), "reliability"),
+        (lambda: plots.pit(numbers()), r"plots.pit\(p, y\)"),
+        (lambda: plots.pit([0.5, 2.0]), "in 0..1"),
+        (lambda: plots.pit({"a": [0.5], "b": [0.5, 0.1]}), "other numbers of rows"),
+        (lambda: plots.history({}), "nothing to draw"),
+        (lambda: plots.history([float("inf")]), "no finite value"),
+        (lambda: plots.compare(TABLE[["log_score"]]), "bnn.compare"),
+        (lambda: plots.sbc(ranks(), quantities=["b"]), r"no \['b'\]; ranked were a, f\[0\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_cure(call, match):
     with pytest.raises(DataError, match=match):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: plots.band(Y), "posterior.predict"),
+        (lambda: plots.functions(Y), "posterior.predict"),
+        (lambda: plots.decomposition({"a": numbers()}), "posterior.predict"),
+        (lambda: plots.risk_coverage(Y), "bnn.selective.risk_coverage"),
+        (lambda: plots.sbc(Y), "bnn.sbc"),
+        (lambda: plots.members(numbers(), X), "a posterior"),
+    ],
+)
+def test_another_type_is_refused_with_what_to_pass(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()
+
+
+def test_no_legend_covers_data():
+    """It lies below the axes, or in a corner that no curve of the plot can reach."""
+    for name, draw in PLOTS.items():
+        ax = draw()
+        ax.figure.canvas.draw()
+        box, frame = ax.get_legend().get_window_extent(), ax.get_window_extent()
+        inside = box.y1 > frame.y0
+        assert not inside or name in ("coverage", "reliability"), name
+        if inside:
+            points = np.concatenate(
+                [ax.transData.transform(v.get_xydata()) for v in ax.get_lines()]
+            )
+            assert not any(box.contains(*point) for point in points), name
+
+
+def test_nothing_leaves_the_figure():
+    for name, draw in PLOTS.items():
+        ax = draw()
+        ax.figure.canvas.draw()
+        box, whole = ax.get_tightbbox(), ax.figure.bbox
+        assert whole.x0 <= box.x0 + 1, name
+        assert box.x1 <= whole.x1 + 1, name
+        assert whole.y0 <= box.y0 + 1, name
+        assert box.y1 <= whole.y1 + 1, name
+
+
+def test_band_draws_the_mean_and_both_intervals_along_x():
+    ax = plots.band(curve(2_000), (X, Y), level=0.8)
+    x, mean = line_of(ax, "mean")
+    assert (np.diff(x) > 0).all()
+    assert mean == pytest.approx(curve(2_000).mean.flip(0).numpy())
+    # 4,000 draws: an end of the 80 % interval of N(0, 1) has an error of .027 sds
+    for i, sd in enumerate([1.25**0.5, 0.5]):
+        _, lower, upper = area(ax, i)
+        assert upper - mean == pytest.approx(1.2816 * sd, abs=0.12 * sd)
+        assert mean - lower == pytest.approx(1.2816 * sd, abs=0.12 * sd)
+    assert told(ax) == [
+        "80% interval of y: with noise",
+        "80% interval of the mean: epistemic",
+        "mean",
+        f"data, {ROWS} rows",
+    ]
+    assert [to_hex(c.get_facecolor()[0]) for c in ax.collections] == [
+        to_hex(_style.tint(plots.ALEATORIC)),
+        to_hex(_style.tint(plots.EPISTEMIC)),
+    ]
+
+
+def test_band_of_few_members_is_that_of_the_mixtures_variance():
+    ax = plots.band(curve(3))
+    made = curve(3)
+    for i, variance in enumerate([made.total, made.epistemic]):
+        _, lower, upper = area(ax, i)
+        assert (upper - lower) / 2 == pytest.approx(
+            1.6449 * variance.sqrt().flip(0).numpy(), rel=1e-3
+        )
+
+
+def test_band_does_not_take_f_behind_a_link_for_the_mean():
+    made = curve()
+    other = Prediction(
+        f=made.f.exp(),
+        y=made.y,
+        mean=made.mean,
+        aleatoric=made.aleatoric,
+        epistemic=made.epistemic,
+        inputs=(X[:, None],),
+    )
+    _, lower, upper = area(plots.band(other), 1)
+    half = 1.6449 * made.epistemic.sqrt().flip(0).numpy()
+    assert (upper - lower) / 2 == pytest.approx(half, rel=1e-3)
+
+
+def test_decomposition_stacks_the_parts():
+    ax, made = plots.decomposition(curve()), curve()
+    x, total = line_of(ax, "total")
+    assert (np.diff(x) > 0).all()
+    assert total == pytest.approx(made.total.flip(0).numpy())
+    _, bottom, aleatoric = area(ax, 0)
+    _, between, top = area(ax, 1)
+    assert bottom == pytest.approx(0)
+    assert aleatoric == pytest.approx(made.aleatoric.numpy())
+    assert between == pytest.approx(aleatoric)
+    assert top == pytest.approx(total)
+    assert ax.get_ylim()[0] == 0
+
+
+def test_decomposition_of_rows_without_an_order_sorts_them():
+    made = curve(inputs=(torch.randn(ROWS, 2),))
+    ax = plots.decomposition(made)
+    assert ax.get_xlabel() == "rows, by their total"
+    assert (np.diff(line_of(ax, "total")[1]) >= 0).all()
+    x, _ = line_of(plots.decomposition(made, column=1), "total")
+    assert x == pytest.approx(made.inputs[0][:, 1].sort().values.numpy())
+
+
+def test_decomposition_of_labels_names_the_parts_of_an_entropy():
+    texts = told(plots.decomposition(labels()))
+    assert texts == ["aleatoric: mean entropy", "epistemic: mutual information", "total"]
+
+
+def test_functions_draws_so_many_and_the_mean_of_all():
+    ax, made = plots.functions(curve(), draws=7), curve()
+    lines = [line for line in ax.get_lines() if len(line.get_xdata()) == ROWS]
+    assert len(lines) == 8
+    pooled = made.f.flatten(0, 1).flip(1).numpy()
+    assert lines[0].get_ydata() == pytest.approx(pooled[0])
+    assert lines[6].get_ydata() == pytest.approx(pooled[-1])
+    assert line_of(ax, "mean of all")[1] == pytest.approx(pooled.mean(0), abs=1e-6)
+    assert told(ax)[0] == "7 of 400 draws"
+
+
+def test_functions_of_one_class():
+    made, f = labels(), torch.randn(1, 20, ROWS, 3)
+    made = Prediction(
+        f=f, y=made.y, mean=Y, aleatoric=Y, epistemic=Y, probs=made.probs, inputs=(X,)
+    )
+    mean = line_of(plots.functions(made, output=2), "mean of all")[1]
+    assert mean == pytest.approx(f[0, :, :, 2].mean(0).flip(0).numpy(), abs=1e-6)
+    with pytest.raises(DataError, match="output=0, 1"):
+        plots.functions(made)
+
+
+def test_trace_puts_each_row_into_a_lane_and_each_chain_into_a_colour():
+    made = curve(chains=3)
+    ax = plots.trace(made, rows=[5, 0])
+    lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 200]
+    assert len(lines) == 6
+    assert [to_hex(v.get_color()) for v in lines[:3]] == [c.lower() for c in plots.SERIES[:3]]
+    for lane, row in enumerate([5, 0]):
+        f = made.f[..., row]
+        scaled = ((f - f.mean()) / f.std(correction=0)).clamp(-4, 4)
+        for chain in range(3):
+            drawn = lines[3 * lane + chain].get_ydata() - ax.get_yticks()[lane]
+            assert drawn == pytest.approx(scaled[chain].numpy(), abs=1e-4)
+        assert ax.get_yticklabels()[lane].get_text() == f"row {row}\n{f.mean():.3g} ± {f.std():.2g}"
+    assert told(ax) == ["chain 1", "chain 2", "chain 3"]
+
+
+def test_trace_of_a_constant_and_of_many_chains():
+    made = numbers()
+    flat = Prediction(f=made.f * 0, y=made.y, mean=Y, aleatoric=Y, epistemic=Y)
+    assert "0 ± 0" in plots.trace(flat, rows=[0]).get_yticklabels()[0].get_text()
+    ax = plots.trace(curve(chains=8))
+    assert ax.get_legend() is None
+    assert ax.texts[0].get_text() == "8 chains"
+
+
+def test_history_shows_the_late_steps():
+    ax = plots.history({"a": HISTORY, "b": HISTORY - 5})
+    assert told(ax) == ["a", "b"]
+    low, high = ax.get_ylim()
+    assert -130 < low < -105
+    assert -10 < high < 0
+    assert line_of(ax, "a")[1][-200] == pytest.approx(float(HISTORY[-200]), abs=0.1)
+    ax = plots.history([-5.0, float("-inf"), -4.0])
+    assert ax.get_legend() is None
+    assert ax.get_lines()[-1].get_ydata().tolist() == [-5.0, -4.0]
+
+
+def test_history_of_a_method_that_does_not_optimise_is_refused():
+    posterior = fitted()
+    object.__setattr__(posterior, "history", None)
+    with pytest.raises(DataError, match=r'"nuts" by DeepEnsemble has no history.*plots.trace'):
+        plots.history({"nuts": posterior})
+
+
+def fitted(snapshots=6):
+    model = bnn.models.mlp_regression(1, (3,))
+    method = bnn.DeepEnsemble(members=4, steps=20, snapshots=snapshots)
+    with pytest.warns(bnn.ConvergenceWarning, match="still rising"):
+        return bnn.fit(model, X[:, None], Y, method=method, progress=False)
+
+
+def test_members_draws_copies_of_the_training_and_its_end():
+    posterior = fitted()
+    several = plots.members(posterior, X[:, None], data=(X[:, None], Y), copies=3)
+    assert pyplot.get_fignums() == [1]
+    frames = posterior.frames
+    shown = [frames[0], frames[round((len(frames) - 1) / 2)], frames[-1]]
+    for ax, frame in zip(several, shown, strict=True):
+        assert ax.get_title() == f"step {len(frame.history)}"
+        f = frame.predict(X[:, None]).f[0].flip(1).numpy()
+        lines = [line for line in ax.get_lines() if len(line.get_xdata()) == ROWS]
+        assert len(lines) == 4 + 2  # the mean, and the data
+        for line, values in zip(lines, f, strict=False):
+            assert line.get_ydata() == pytest.approx(values)
+    low, high = several[0].get_ylim()
+    assert low < min(float(Y.min()), f.min())
+    assert high > max(float(Y.max()), f.max())
+    assert [ax.get_xlabel() for ax in several] == ["x", "x", "x"]
+    assert [ax.get_ylabel() for ax in several] == ["f", "", ""]
+    assert len(several[0].figure.legends[0].get_texts()) == 3
+
+
+def test_members_of_one_axes_is_the_end():
+    posterior = fitted()
+    _, ax = pyplot.subplots()
+    assert plots.members(posterior, X[:, None], ax=ax) is ax
+    assert ax.get_title() == "step 20"
+    assert plots.members(fitted(0), X[:, None]).get_title() == "step 20"
+    with pytest.raises(DataError, match="2 copies are drawn, and 1 axes"):
+        plots.members(posterior, X[:, None], copies=2, ax=[ax])
+
+
+def test_the_film_has_a_picture_of_each_snapshot():
+    posterior = fitted()
+    film = plots.members_film(posterior, X[:, None], data=(X, Y))
+    ax = pyplot.gcf().axes[0]
+    for i, frame in enumerate(posterior.frames):
+        film._func(i)
+        assert ax.get_title() == f"step {len(frame.history)}"
+        mean = frame.predict(X[:, None]).f[0].mean(0).flip(0)
+        assert line_of(ax, "their mean")[1] == pytest.approx(mean.numpy(), abs=1e-6)
+    film._draw_was_started = True  # else it warns that nobody has seen it
+    with pytest.raises(DataError, match=r"snapshots=50"):
+        plots.members_film(fitted(0), X[:, None])
+
+
+def test_pit_draws_the_departure_from_uniform_and_its_band():
+    ax = plots.pit(numbers(), Y)
+    x, drawn = line_of(ax, "observed")
+    values = calibration.pit(DRAWS, Y)
+    test = calibration.uniformity((200 * values + 0.5) / 201)
+    assert x.tolist() == pytest.approx([0.0, *test.points.tolist(), 1.0])
+    assert drawn[1:-1] == pytest.approx((test.share - test.points).numpy(), abs=1e-6)
+    _, lower, upper = area(ax, 0)
+    assert lower[1:-1] == pytest.approx((test.lower - test.points).numpy(), abs=1e-6)
+    assert upper[1:-1] == pytest.approx((test.upper - test.points).numpy(), abs=1e-6)
+    assert told(ax)[0] == "95% of calibrated, 40 rows"
+
+
+def test_pit_of_values_and_of_few_draws():
+    values = torch.rand(60)
+    drawn = line_of(plots.pit({"leave one out": values}), "leave one out")[1]
+    test = calibration.uniformity(values)
+    assert drawn[1:-1] == pytest.approx((test.share - test.points).numpy(), abs=1e-6)
+    few = Prediction(f=DRAWS, y=DRAWS[:, :5], mean=Y, aleatoric=Y, epistemic=Y)
+    x, _ = line_of(plots.pit(few, Y), "observed")  # six places among five draws
+    assert x == pytest.approx(np.arange(7) / 6)
+
+
+def test_sbc_draws_each_quantity_and_says_the_verdict():
+    result = ranks()
+    ax = plots.sbc(result, quantities=["a", "log_likelihood"])
+    assert told(ax) == ["95% of right methods, 100 replicates", "a", "log_likelihood"]
+    x, drawn = line_of(ax, "log_likelihood")
+    assert x == pytest.approx(np.arange(11) / 10)
+    shares = [float((result.ranks[:, 2] < k).double().mean()) for k in range(11)]
+    assert drawn == pytest.approx(np.array(shares) - x)
+    assert ax.get_title() == f"ranks uniform: p = {result.p:.2g}"
+    assert plots.sbc(ranks(6.0)).get_title().startswith("ranks not uniform: p < 1e-12")
+
+
+def test_compare_puts_the_best_on_top():
+    ax = plots.compare(TABLE)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["better", "worse"]
+    assert ax.yaxis_inverted()
+    (bars,) = ax.containers
+    assert bars.lines[0].get_xdata().tolist() == [-0.5, -1.0]
+    (segments,) = (c.get_segments() for c in bars.lines[2])
+    assert [s[:, 0].tolist() for s in segments] == [[-0.5, -0.5], pytest.approx([-1.1, -0.9])]
+
+
+def test_compare_marks_what_does_not_compare():
+    assert plots.compare(TABLE).get_legend() is None
+    ax = plots.compare(TABLE.assign(not_comparable=["rmse, log_score", "rmse"]))
+    good, bad = ax.containers
+    assert good.lines[0].get_xdata().tolist() == [-0.5]
+    assert bad.lines[0].get_ydata().tolist() == [1]
+    assert bad.lines[0].get_markerfacecolor() == "white"
+    assert told(ax) == ["log score", "not comparable"]
+    ax = plots.compare(TABLE.assign(log_score=[float("nan"), -1.0]))
+    assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [("no score", 1)]
+
+
+def test_risk_coverage_draws_the_curve_and_tells_its_area():
+    ax = plots.risk_coverage({"a": CURVE})
+    x, risk = line_of(ax, f"a: area {CURVE.area:.3g}")
+    assert x == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert risk == pytest.approx([0.0, 0.5, 1 / 3, 1.0])
+    assert line_of(ax, "all rows kept")[1] == pytest.approx(1.0)

@@ -1,0 +1,261 @@
+"""Do stated probabilities come true? Coverage, PIT, reliability, and ranks of simulations."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn import calibration
+from bnn.arrays import tensor
+from bnn.calibration import Uniformity
+from bnn.errors import DataError
+from bnn.plots import _style as style
+from bnn.prediction import Prediction
+from bnn.simulation import SBC
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_POINTS = 50  # at which the distribution of PIT values is looked at
+
+
+def coverage(
+    predictions: Prediction | Mapping[str, Prediction],
+    y: Any,
+    *,
+    title: str = "",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Observed share of rows inside central intervals, at every level; calibrated is diagonal.
+
+    The grey band holds 95 % of calibrated predictions of this many independent rows (binomial).
+
+    Args:
+        predictions: one, or several by name.
+        y: observations, (row, *).
+        title: above the axes.
+        ax: where to draw; default a new figure.
+
+    Raises:
+        DataError: y is a label, or has other rows than the prediction.
+    """
+    named = style.named(predictions)
+    observed = torch.as_tensor(np.asarray(y))
+    for prediction in named.values():
+        style.numbers_only(prediction, "coverage", "reliability")
+    levels = torch.linspace(0.05, 0.95, 19)
+    shares = {
+        name: calibration.interval_coverage(prediction.y, observed, levels).cpu()
+        for name, prediction in named.items()
+    }
+    ax = style.axes(ax)
+    noise = 1.96 * (levels * (1 - levels) / max(observed.numel(), 1)).sqrt()
+    ax.fill_between(
+        levels,
+        (levels - noise).clamp(0, 1),
+        (levels + noise).clamp(0, 1),
+        color=style.CHANCE,
+        label=f"chance, {len(observed)} rows",
+    )
+    ax.plot([0, 1], [0, 1], color=style.IDEAL, lw=1, ls="--", label="calibrated")
+    for i, (name, share) in enumerate(shares.items()):
+        ax.plot(levels, share, lw=1.5, ms=4, label=name or "observed", **style.look(i))
+    ax.set(
+        xlabel="level of the interval (probability)",
+        ylabel="share of rows inside (frequency)",
+        title=title,
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    ax.set_aspect("equal")
+    _legend_in_the_empty_corner(ax, shares, levels)
+    return ax
+
+
+def _legend_in_the_empty_corner(ax: "Axes", shares: Mapping[str, Tensor], levels: Tensor) -> None:
+    """Above the diagonal where the curves lie below it, and the other way round."""
+    above = max(float((share - levels).max()) for share in shares.values())
+    below = max(float((levels - share).max()) for share in shares.values())
+    if min(above, below) > 0.25 or len(shares) > 4:
+        style.legend_below(ax)
+        return
+    corner = "upper left" if above <= below else "lower right"
+    ax.legend(loc=corner, frameon=False, fontsize="small")
+
+
+def pit(
+    predictions: Any,
+    y: Any = None,
+    *,
+    level: float = 0.95,
+    title: str = "",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Distribution of PIT values less the uniform one; calibrated is flat at 0.
+
+    A curve first above 0 and then below says that predictions are too narrow, first below and then
+    above that they are too wide; one above 0 throughout that observations lie lower than predicted.
+    The band is simultaneous: a calibrated prediction leaves it anywhere with probability 1 - level,
+    if rows are independent.
+
+    Args:
+        predictions: one, or several by name, of rows whose observation is a number; or without y
+            PIT values themselves, (row,), such as `calibration.loo_pit(...)`, alike.
+        y: observations, (row,).
+        level: of the band.
+        title: above the axes.
+        ax: where to draw; default a new figure.
+
+    Raises:
+        DataError: y is a label or has other rows; values outside 0..1; rows that differ.
+    """
+    tests, count = {}, 0
+    for name, given in style.named(predictions).items():
+        if y is None:
+            values, cells = _values(given), _POINTS
+        else:
+            style.numbers_only(given, "pit", "reliability")
+            values = calibration.pit(given.y, y)
+            draws = given.y.shape[0] * given.y.shape[1]
+            # y has S + 1 places among S draws, a cell for each where they are few
+            values, cells = (draws * values + 0.5) / (draws + 1), min(draws + 1, _POINTS)
+        tests[name or "observed"] = calibration.uniformity(
+            values.flatten(), cells=cells, level=level
+        )
+        count = values.numel()
+    ax = style.axes(ax)
+    _departures(ax, tests, f"{level:.0%} of calibrated, {count} rows")
+    ax.set(xlabel="PIT value (probability)", title=title)
+    style.legend_below(ax)
+    return ax
+
+
+def _values(given: Any) -> Tensor:
+    if isinstance(given, Prediction):
+        raise DataError("plots.pit needs the observations of a prediction: plots.pit(p, y).")
+    return tensor(given, "PIT values")
+
+
+def sbc(
+    result: SBC,
+    *,
+    quantities: "tuple[str, ...] | list[str] | None" = None,
+    level: float = 0.95,
+    title: str = "",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Distribution of the ranks of `bnn.sbc` less the uniform one; a right method is flat at 0.
+
+    A curve first above 0 and then below says that posteriors are too narrow, first below and then
+    above that they are too wide; one above 0 throughout that draws lie too high. The band is
+    simultaneous over ranks, for one quantity at a time: of twenty right curves one leaves it.
+
+    Args:
+        result: of `bnn.sbc`.
+        quantities: to draw, of `result.quantities`; default all.
+        level: of the band.
+        title: above the axes; default the verdict.
+        ax: where to draw; default a new figure.
+
+    Raises:
+        DataError: there is no such quantity.
+    """
+    style.require(result, SBC, "sbc", "the result of bnn.sbc")
+    names = result.quantities if quantities is None else tuple(quantities)
+    if unknown := [name for name in names if name not in result.quantities]:
+        raise DataError(f"There is no {unknown}; ranked were {', '.join(result.quantities)}.")
+    places = (result.ranks.double() + 0.5) / (result.draws + 1)
+    tests = {
+        name: calibration.uniformity(
+            places[:, result.quantities.index(name)], cells=result.draws + 1, level=level
+        )
+        for name in names
+    }
+    ax = style.axes(ax)
+    _departures(ax, tests, f"{level:.0%} of right methods, {len(places)} replicates")
+    verdict = "uniform" if result.uniform else "not uniform"
+    ax.set(
+        xlabel=f"rank of the truth / {result.draws + 1}",
+        title=title or f"ranks {verdict}: p {result.told_p}",
+    )
+    style.legend_below(ax, 2 if len(tests) < 6 else 3)
+    return ax
+
+
+def _departures(ax: "Axes", tests: Mapping[str, Uniformity], chance: str) -> None:
+    """Each distribution function less the uniform one, and the band, that is the same for all."""
+    first = next(iter(tests.values()))
+    for test in tests.values():
+        if not torch.equal(test.lower, first.lower):
+            raise DataError("Predictions with other numbers of rows or draws have other bands.")
+    points = np.concatenate([[0.0], first.points.double().numpy(), [1.0]])
+    edge = lambda values: np.concatenate([[0.0], values.double().numpy(), [0.0]])
+    lower, upper = edge(first.lower - first.points), edge(first.upper - first.points)
+    ax.fill_between(points, lower, upper, color=style.CHANCE, lw=0, label=chance)
+    ax.axhline(0, color=style.IDEAL, lw=1, ls="--")
+    for i, (name, test) in enumerate(tests.items()):
+        drawn = edge(test.share - test.points)
+        colour = style.SERIES[i % len(style.SERIES)]
+        dash = ("-", "--", "-.", ":")[i // len(style.SERIES) % 4]
+        ax.plot(points, drawn, lw=1.5, label=name, ls=dash, color=colour)
+    reach = 1.1 * max(np.abs(line.get_ydata()).max() for line in ax.get_lines())
+    reach = max(reach, 1.2 * float(np.abs([lower, upper]).max()))
+    ax.set(ylabel="share below, less the uniform one", xlim=(0, 1), ylim=(-reach, reach))
+
+
+def reliability(
+    predictions: Prediction | Mapping[str, Prediction],
+    y: Any,
+    *,
+    bins: int = 10,
+    title: str = "",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Share of right labels against the probability stated for them, in bins of equal count.
+
+    See `calibration.reliability`.
+
+    Args:
+        predictions: one, or several by name, of rows whose observation is a label.
+        y: labels, (row,).
+        bins: most bins; fewer where rows are few.
+        title: above the axes.
+        ax: where to draw; default a new figure.
+
+    Raises:
+        DataError: y is not a label, or has other rows than the prediction.
+    """
+    observed = torch.as_tensor(np.asarray(y))
+    curves = {}
+    for name, prediction in style.named(predictions).items():
+        style.require(prediction, Prediction, "reliability", "posterior.predict(x)")
+        if prediction.probs is None:
+            raise DataError("plots.reliability draws labels; for numbers use plots.coverage.")
+        label = prediction.probs.argmax(-1)
+        if label.shape != observed.shape or observed.ndim != 1:
+            raise DataError(
+                f"The prediction has rows {tuple(label.shape)} and y has {tuple(observed.shape)}."
+            )
+        most = min(bins, max(len(observed) // 10, 1))
+        curves[name] = calibration.reliability(prediction.probs, observed, bins=most)
+    ax = style.axes(ax)
+    ax.plot([0, 1], [0, 1], color=style.IDEAL, lw=1, ls="--", label="calibrated")
+    for i, (name, curve) in enumerate(curves.items()):
+        error = torch.stack([curve.observed - curve.lower, curve.upper - curve.observed]).cpu()
+        look = style.look(i) | {"lw": 1.5, "ms": 5, "capsize": 2, "label": name or "observed"}
+        ax.errorbar(curve.stated.cpu(), curve.observed.cpu(), error, **look)
+    ax.set(
+        xlabel="stated probability of the predicted label",
+        ylabel="share of right labels (95 % interval)",
+        title=title,
+        xlim=(0, 1.02),
+        ylim=(0, 1.05),
+    )
+    least = min(float(curve.stated.min()) for curve in curves.values())
+    if least < 0.4 or len(curves) > 4:
+        style.legend_below(ax)
+    else:
+        ax.legend(loc="upper left", frameon=False, fontsize="small")
+    return ax
