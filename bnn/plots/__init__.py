@@ -2,7 +2,7 @@
 
 along an input    `band`, `functions`, `decomposition`
 calibration       `truth`, `coverage`, `pit`, `reliability`, `risk_coverage`
-fits              `trace`, `history`, `members`, `members_film`, `compare`, `sbc`
+fits              `trace`, `history`, `members`, `members_film`, `diagnose`, `compare`, `sbc`
 
 All take `ax=`, and open a figure where there is none. Aleatoric is orange and epistemic blue.
 """
@@ -11,7 +11,7 @@ from bnn.plots._style import ALEATORIC, EPISTEMIC, IDEAL, MARKERS, SERIES, TOTAL
 from bnn.plots.calibrated import coverage, pit, reliability, sbc
 from bnn.plots.functions import functions, trace
 from bnn.plots.intervals import band, truth
-from bnn.plots.tables import compare
+from bnn.plots.tables import compare, diagnose
 from bnn.plots.training import history, members, members_film
 from bnn.plots.uncertainty import decomposition, risk_coverage
 
@@ -27,6 +27,7 @@ __all__ = [
     "compare",
     "coverage",
     "decomposition",
+    "diagnose",
     "functions",
     "history",
     "members",

@@ -1,15 +1,18 @@
-"""Tables as pictures: a comparison of posteriors."""
+"""Tables as pictures: a comparison of posteriors, and the findings of a diagnosis."""
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnn.diagnostics import Finding, Report
 from bnn.errors import DataError
 from bnn.plots import _style as style
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+
+_FAR = 5.0  # log2 of how far beyond its limit a value is drawn
 
 
 def compare(table: "pandas.DataFrame", *, title: str = "", ax: "Axes | None" = None) -> "Axes":
@@ -66,3 +69,64 @@ def compare(table: "pandas.DataFrame", *, title: str = "", ax: "Axes | None" = N
     if hollow.any():
         style.legend_below(ax, drop=0.3)
     return ax
+
+
+def diagnose(report: Report, *, title: str = "", ax: "Axes | None" = None) -> "Axes":
+    """Findings of a fit against their limits: right of the line is doubtful, by so many times.
+
+    Findings that are told without a limit are left out; `print(report)` says what each means.
+
+    Args:
+        report: of `posterior.diagnose()`.
+        title: above the axes; default the verdict.
+        ax: where to draw; default a new figure.
+
+    Raises:
+        TypeError: something else than a report.
+        DataError: no finding has a limit.
+    """
+    style.require(report, Report, "diagnose", "posterior.diagnose()")
+    limited = [each for each in report.findings if each.threshold is not None]
+    if not limited:
+        raise DataError("The report has no finding with a limit, so there is nothing to draw.")
+    limited.sort(key=lambda each: -_excess(each))
+    ax = style.axes(ax, (style.SIZE[0] + 1, max(2.0, 1.2 + 0.35 * len(limited))))
+    ax.axvline(1.0, color=style.IDEAL, lw=1, ls="--")
+    ax.axvspan(1.0, 2.0**_FAR, color=style.CHANCE, lw=0)
+    for i, each in enumerate(limited):
+        colour, marker = (style.TRUTH, "X") if each.doubtful else (style.SERIES[0], "o")
+        ax.plot(2.0 ** _excess(each), i, marker, color=colour, ms=6)
+        ax.annotate(
+            f"{each.value:.3g} (limit {each.threshold:.3g})",
+            (1.01, i),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize="small",
+        )
+    count = len(report.doubtful)
+    ax.set_xscale("log", base=2)
+    ax.set(
+        xlabel="beyond its limit (times)",
+        xlim=(2.0**-_FAR, 2.0**_FAR),
+        ylim=(len(limited) - 0.5, -0.5),
+        yticks=range(len(limited)),
+        title=title or (f"{count} doubtful" if count else "nothing doubtful"),
+    )
+    ax.set_yticklabels([each.name for each in limited])
+    ax.set_xticks([2.0**k for k in (-4, -2, 0, 2, 4)], ["÷ 16", "÷ 4", "limit", "× 4", "× 16"])
+    return ax
+
+
+def _excess(finding: Finding) -> float:
+    """Log2 of how many times a value is beyond its limit, cut off at the ends of the picture.
+
+    Which side of the limit is doubtful the finding tells: R-hat may not be large, nor ESS small. Of
+    R-hat it is what it has above 1.
+    """
+    least = 1.0 if finding.name.startswith("R-hat") else 0.0
+    value, limit = float(finding.value) - least, float(finding.threshold or 0.0) - least
+    end = 0.95 * _FAR if finding.doubtful else -0.95 * _FAR
+    if not (np.isfinite(value) and value > 0 and limit > 0):
+        return end
+    away = abs(np.log2(value / limit))
+    return float(np.copysign(min(away, abs(end)), end))

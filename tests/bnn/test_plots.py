@@ -1,5 +1,7 @@
 """Pictures: where they are drawn, what they say, and what they refuse."""
 
+from dataclasses import replace
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -14,6 +16,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 import bnn
 from bnn import SBC, DataError, Prediction, calibration, plots
+from bnn.diagnostics import Finding, Report
 from bnn.plots import _style
 from bnn.selective import risk_coverage
 
@@ -515,3 +518,37 @@ def test_risk_coverage_draws_the_curve_and_tells_its_area():
     assert x == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert risk == pytest.approx([0.0, 0.5, 1 / 3, 1.0])
     assert line_of(ax, "all rows kept")[1] == pytest.approx(1.0)
+
+
+def finding(name, value, threshold, doubtful):
+    return Finding(name=name, value=value, threshold=threshold, doubtful=doubtful, meaning="")
+
+
+REPORT = Report(
+    title="NUTS()",
+    findings=(
+        finding("members", 5.0, None, False),
+        finding("E-BFMI", 1.2, 0.3, False),
+        finding("divergences", 0.0, 0.0, False),
+        finding("R-hat of f", 1.04, 1.01, True),
+        finding("bulk ESS of f", 50.0, 400.0, True),
+        finding("k-hat", float("inf"), 0.7, True),
+    ),
+)
+
+
+def test_diagnose_puts_what_is_doubtful_beyond_the_limit():
+    ax = plots.diagnose(REPORT)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["k-hat", "bulk ESS of f", "R-hat of f", "E-BFMI", "divergences"]
+    points = {int(v.get_ydata()[0]): v for v in ax.get_lines() if len(v.get_xdata()) == 1}
+    beyond = [float(points[i].get_xdata()[0]) for i in range(5)]
+    assert beyond == pytest.approx([2**4.75, 8.0, 4.0, 0.25, 2**-4.75])
+    assert [points[i].get_color() for i in range(5)] == [plots.TRUTH] * 3 + [plots.SERIES[0]] * 2
+    assert ax.get_title() == "3 doubtful"
+    assert [text.get_text() for text in ax.texts][1] == "50 (limit 400)"
+    assert ax.get_xlim()[0] < min(beyond) < max(beyond) < ax.get_xlim()[1]
+    with pytest.raises(DataError, match="no finding with a limit"):
+        plots.diagnose(replace(REPORT, findings=REPORT.findings[:1]))
+    with pytest.raises(TypeError, match=r"posterior.diagnose\(\)"):
+        plots.diagnose(numbers())
