@@ -118,7 +118,8 @@ class Score(Messenger):
     N/B when the model is given a minibatch of B of N rows, and 1 when its own plate subsamples
     (Pyro has scaled by N/B then). `elsewhere` replaces the log density of the latent sites that
     it names: a callable of the site's distribution. `weights`, (row,), counts each row of the data
-    plate so many times (a bootstrap).
+    plate so many times (a bootstrap). With `by_row` what is observed inside the data plate is kept
+    by row too: `rowwise`, (row,), scaled like `likelihood`.
     """
 
     def __init__(
@@ -127,11 +128,14 @@ class Score(Messenger):
         rows: int | None = None,
         elsewhere: Mapping[str, Callable[[Distribution], Tensor]] | None = None,
         weights: Tensor | None = None,
+        *,
+        by_row: bool = False,
     ):
         super().__init__()
         self.plate, self.rows, self.elsewhere = plate, rows, elsewhere or {}
-        self.weights = weights
+        self.weights, self.by_row = weights, by_row
         self.likelihood: Any = 0.0
+        self.rowwise: Any = 0.0
         self.prior: Any = 0.0
 
     def _pyro_post_sample(self, message: Any) -> None:
@@ -148,9 +152,14 @@ class Score(Messenger):
                 scale = scale * (self.rows / (frame.full_size or frame.size))
             if frame.name == self.plate and self.weights is not None:
                 scale = scale * self.weights.reshape(-1, *[1] * (-1 - frame.dim))
-        total = scale_and_mask(log_prob, scale, message["mask"]).sum()
+        each = scale_and_mask(log_prob, scale, message["mask"])
+        total = each.sum()
         if message["is_observed"]:
             self.likelihood = self.likelihood + total
+            for frame in message["cond_indep_stack"] if self.by_row else ():
+                if frame.name == self.plate:
+                    rows = each.movedim(frame.dim, 0)
+                    self.rowwise = self.rowwise + rows.reshape(len(rows), -1).sum(1)
         else:
             self.prior = self.prior + total
 

@@ -189,6 +189,8 @@ class Energy:
         Raises:
             FitError: no point with a finite density was found.
         """
+        if not self.slots:
+            return torch.zeros(count, 0)
         draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
         centre = torch.where(median.abs() > reach, median, 0.0)

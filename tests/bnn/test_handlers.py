@@ -38,6 +38,24 @@ def test_weights_lie_on_the_data_plate_when_another_is_inside():
     torch.testing.assert_close(score.likelihood, 2 * (WEIGHTS * each).sum())  # 12 rows, 6 shown
 
 
+def test_what_each_row_adds_is_kept_apart():
+    with Score("data", 12, by_row=True) as score, At(AT):
+        model(X, Y)
+    each = dist.Normal(X @ AT["w"], 0.5).log_prob(Y)
+    torch.testing.assert_close(score.rowwise, 2 * each)  # 12 rows, 6 shown
+    torch.testing.assert_close(score.rowwise.sum(), score.likelihood)
+
+
+def test_rows_lie_on_the_data_plate_when_another_is_inside():
+    def grid(x, y=None):
+        with pyro.plate("data", len(x), dim=-2), pyro.plate("column", 2, dim=-1):
+            pyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+    with Score("data", 6, by_row=True) as score:
+        grid(X, X + 1)
+    torch.testing.assert_close(score.rowwise, dist.Normal(X, 0.5).log_prob(X + 1).sum(1))
+
+
 def test_a_rewritten_seam_is_what_the_program_goes_on_with():
     with Rewrite({"f": lambda f: f + 1, "w": lambda w: 7 * w}) as rewrite:
         with Capture("y") as capture, At(AT):
