@@ -40,8 +40,8 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    once = slice(1 if _is_repeated(posterior.draws) else None)
-    tensors = {f"draws/{k}": v[:, once] for k, v in posterior.draws.items()}
+    once = lambda v: v[:, :1] if _is_repeated(v) else v
+    tensors = {f"draws/{k}": once(v) for k, v in posterior.draws.items()}
     tensors |= {f"params/{k}": v for k, v in posterior.params.items()}
     tensors |= {f"stats/{k}": v for k, v in posterior.stats.items()}
     tensors |= {f"snapshots/{k}": v for k, v in posterior.snapshots.items()}
@@ -311,7 +311,7 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
         "columns": posterior.data.columns,
         "rows": posterior.data.rows,
         "count": list(posterior.shape),
-        "repeated": posterior.shape[1] if _is_repeated(posterior.draws) else 1,
+        "repeated": posterior.shape[1] if any(map(_is_repeated, posterior.draws.values())) else 1,
         "elbo": _plain(posterior.elbo),
         "log_evidence": _plain(posterior.log_evidence),
         "seed": _plain(posterior.seed),
@@ -320,9 +320,9 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
     }
 
 
-def _is_repeated(draws: Mapping[str, Tensor]) -> bool:
+def _is_repeated(draws: Tensor) -> bool:
     """True if one draw stands for all of a chain without taking memory: a mode, repeated."""
-    return bool(draws) and all(v.shape[1] > 1 and v.stride(1) == 0 for v in draws.values())
+    return draws.shape[1] > 1 and draws.stride(1) == 0
 
 
 def _repeat(draws: Tensor, count: int) -> Tensor:

@@ -158,7 +158,7 @@ class Posterior:
             )
         root = branch(_root(seed), _PREDICT)
         with self._parameters(made):
-            return predict(
+            prediction = predict(
                 self.program,
                 values,
                 made,
@@ -168,6 +168,15 @@ class Posterior:
                 seams=frozenset(seams),
                 means=mode == "mean",
             )
+        at_seams = tuple(f"{seam}." for seam in rowed)
+        shared = {
+            name: value.reshape(*shape, 1, *value.shape[1:]).expand(
+                *shape, prediction.y.shape[2], *value.shape[1:]
+            )
+            for name, value in values.items()
+            if name not in self.sites.latent and name.startswith(at_seams)
+        }
+        return replace(prediction, local=prediction.local | shared)
 
     def log_likelihood(self, *data: Any) -> Tensor:
         """Log p(y | x, draw) of each row, (chain, draw, row).

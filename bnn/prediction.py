@@ -42,8 +42,9 @@ class Prediction:
         epistemic: for numbers the variance over draws of E[y | x, draw]; for labels the mutual
             information of label and draw, in nats.
         probs: for labels, class probabilities averaged over draws, (row, *, class); else None.
-        local: draws of the sites inside the data plate, and of the seams that were asked for, each
-            (chain, draw, row, *).
+        local: draws of the sites inside the data plate, of the seams that were asked for, and of
+            what a method added to a seam for all rows alike ("hidden.0.mask", a view without
+            memory of its own), each (chain, draw, row, *).
         inputs: the rows predicted.
     """
 
