@@ -2,6 +2,7 @@
 
 from bnn.inference.concrete_dropout import ConcreteDropout
 from bnn.inference.deep_ensemble import DeepEnsemble
+from bnn.inference.gflowout import GFlowOut
 from bnn.inference.laplace import Laplace
 from bnn.inference.map import MAP
 from bnn.inference.mc_dropout import MCDropout
@@ -23,6 +24,7 @@ __all__ = [
     "SWAG",
     "ConcreteDropout",
     "DeepEnsemble",
+    "GFlowOut",
     "Laplace",
     "MCDropout",
     "RandomizedPriors",

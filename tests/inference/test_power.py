@@ -26,6 +26,7 @@ from tests import exact
 from tests.bnn import test_diagnostics as diagnostics
 from tests.exact import Regression
 from tests.inference import test_estimators as estimators
+from tests.inference import test_gflowout as gflowout
 
 SHORT = {"steps": 1_000, "learning_rate": 0.05, "schedule": "cosine"}
 
@@ -67,8 +68,8 @@ def test_likelihood_counted_twice(check, monkeypatch):
 def test_minibatch_scale_missing(check, settings, monkeypatch):
     plain = handlers.Score.__init__
 
-    def unscaled(self, plate=None, rows=None, elsewhere=None, weights=None):
-        plain(self, plate, None, elsewhere, weights)
+    def unscaled(self, plate=None, rows=None, elsewhere=None, weights=None, **rest):
+        plain(self, plate, None, elsewhere, weights, **rest)
 
     monkeypatch.setattr(handlers.Score, "__init__", unscaled)
     _fails(check, **settings)
@@ -376,3 +377,29 @@ def test_noise_of_swag_that_cancels_over_a_pass(monkeypatch):
     plain = Members.batches
     monkeypatch.setattr(Members, "batches", lambda self, seed, passes=True: plain(self, seed))
     _fails(exact.check_cloud_of_swag)
+
+
+def test_gflowout_whose_log_probability_knows_no_mask(monkeypatch):
+    """As published: whatever the bit, the log of the probability of keeping."""
+    from bnn.inference import _mask_generators
+
+    blind = lambda bits, logits: logits.sigmoid().log().sum(-1)
+    monkeypatch.setattr(_mask_generators, "_log_prob", blind)
+    _fails(gflowout.check_gaps, conditional=False)
+    _fails(gflowout.check_gaps, conditional=True)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("fault", ["likelihood_twice", "prior_missing", "rows_missing"])
+def test_reward_of_gflowout(fault, conditional, monkeypatch):
+    from bnn.inference import _flow
+
+    if fault == "rows_missing":  # N/B counts for a mask of all rows, and for no other
+        score = handlers.Score
+        unscaled = lambda plate, rows, **rest: score(plate, None, **rest)
+        monkeypatch.setattr(_flow, "Score", unscaled)
+    else:
+        plain = _flow.Scored.gap
+        wrong = {"likelihood_twice": lambda s: -s.each, "prior_missing": lambda s: s.log_p}[fault]
+        monkeypatch.setattr(_flow.Scored, "gap", lambda s, power: plain(s, power) + wrong(s))
+    _fails(gflowout.check_gaps, conditional=conditional, batch_size=8)
