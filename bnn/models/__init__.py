@@ -3,10 +3,17 @@
 from bnn.models import likelihoods, priors
 from bnn.models.mlp import MLP
 from bnn.models.nets import linear, mlp_classification, mlp_regression, supervised
+from bnn.models.transformer import (
+    Transformer,
+    transformer_classification,
+    transformer_tagging,
+    vit,
+)
 from bnn.models.weights import sample_weights
 
 __all__ = [
     "MLP",
+    "Transformer",
     "likelihoods",
     "linear",
     "mlp_classification",
@@ -14,4 +21,7 @@ __all__ = [
     "priors",
     "sample_weights",
     "supervised",
+    "transformer_classification",
+    "transformer_tagging",
+    "vit",
 ]

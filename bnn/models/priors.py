@@ -10,6 +10,9 @@ Every `scale` is a standard deviation, in units of the weight, where the distrib
 a priori does not depend on the width (Neal 1996, section 2.1). Three kinds of parameter are apart:
 biases, and whatever else is no matrix, have `bias_scale`; the gains of normalisation layers are
 centred at 1, with `bias_scale` around it; embeddings add nothing up, so their fan-in is 1.
+
+`UniformAttention` and `ContextualAttention` are priors of another thing, attention weights: values
+for `attention=` of the transformers.
 """
 
 import math
@@ -24,12 +27,23 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin as Dist
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from bnn.models._attention import ContextualAttention, UniformAttention
 from bnn.models._layers import Scale, check_settings, fan_in, is_weight, place, student_width
 from bnn.models._shrinkage import Horseshoe, ScaleMixture
 
 Prior = Callable[[str, Tensor, nn.Module], Distribution | Tensor]
 
-__all__ = ["EmpiricalBayes", "Horseshoe", "Laplace", "Normal", "Prior", "ScaleMixture", "StudentT"]
+__all__ = [
+    "ContextualAttention",
+    "EmpiricalBayes",
+    "Horseshoe",
+    "Laplace",
+    "Normal",
+    "Prior",
+    "ScaleMixture",
+    "StudentT",
+    "UniformAttention",
+]
 
 
 @dataclass(frozen=True)
