@@ -61,7 +61,7 @@ class At(Messenger):
             return
         if message["name"] in self.values:
             message["value"] = self.values[message["name"]]
-        else:
+        elif message["value"] is None:  # the program may draw sites of its own
             self.missed = message["name"]
 
 

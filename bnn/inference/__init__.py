@@ -3,6 +3,7 @@
 from bnn.inference.concrete_dropout import ConcreteDropout
 from bnn.inference.deep_ensemble import DeepEnsemble
 from bnn.inference.gflowout import GFlowOut
+from bnn.inference.dirichlet_attention import DirichletAttention
 from bnn.inference.laplace import Laplace
 from bnn.inference.map import MAP
 from bnn.inference.mc_dropout import MCDropout
@@ -25,6 +26,7 @@ __all__ = [
     "ConcreteDropout",
     "DeepEnsemble",
     "GFlowOut",
+    "DirichletAttention",
     "Laplace",
     "MCDropout",
     "RandomizedPriors",

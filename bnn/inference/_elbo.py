@@ -1,28 +1,38 @@
 """ELBO: the bound of a guide family of ours, what has a closed form exact and the rest sampled."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributions as td
 from pyro import poutine
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from bnn.data import Data
 from bnn.handlers import seeded
 from bnn.inference._energy import Energy
-from bnn.inference._rowwise import Ask, Draw, Rowwise
+from bnn.inference._rowwise import Ask, Draw
 from bnn.sites import Sites
 
 _EVALUATIONS = 10_000_000  # rows x draws that the final ELBO may cost,
 _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
 _TRIED = 20  # draws at which a site that is not finite is looked for
+_NUMBERS = 3e8  # and that it computes with: a row may meet a weight many times
 _AT_ONCE = 100_000  # rows x draws in memory together
 Needs = dict[int | str, tuple[Draw, tuple[int, ...]]]
 """The law and the shape of each noise: the family's own by number, what rows draw by name."""
+
+
+class Rewiring(Protocol):
+    """What draws noise of its own in a run, such as weights for each row."""
+
+    def rewired(self, moments: Any, ask: Ask) -> AbstractContextManager[Any]:
+        """A run in it takes its noise from `ask`; `moments` are mean and variance of the flat z."""
+        ...
 
 
 class Bound:
@@ -33,7 +43,7 @@ class Bound:
         family: one of `bnn.inference._guide.FAMILIES`, built.
         sites: of the model.
         particles: draws of one estimate.
-        rowwise: draws weights for each row; None has one draw for all.
+        rowwise: draws noise in each run; None has no other than the family's.
         path: samples all of the KL, and differentiates log q(z) through z alone: what is left out
             has mean 0.
         temperature: how often the entropy counts.
@@ -46,7 +56,7 @@ class Bound:
         sites: Sites,
         particles: int = 1,
         *,
-        rowwise: Rowwise | None = None,
+        rowwise: Rewiring | None = None,
         path: bool = False,
         temperature: float = 1.0,
     ):
@@ -149,12 +159,33 @@ class Bound:
         if data.loader is not None or sites.subsampled:
             return None
         rows, size = max(data.rows, 1), max(self.energy.size, 1)
-        affordable = min(_EVALUATIONS // rows, _MULTIPLICATIONS // (rows * size))
+        affordable = min(
+            _EVALUATIONS // rows,
+            _MULTIPLICATIONS // (rows * size),
+            int(_NUMBERS / (self._written() * rows)),
+        )
         count = int(min(max(affordable, 4), 8_192))
         step = min(512, max(1, _AT_ONCE // max(data.rows, 1)))
         parts = [min(step, count - i) for i in range(0, count, step)]
         values = [float(self(data.tensors, n)) * n for n in parts]
         return sum(values) / count
+
+    def _written(self) -> float:
+        """Numbers that a run computes with for each row: those that its gradient would need."""
+        total = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        few = self.energy.few
+        with seeded(np.random.SeedSequence(0)), torch.enable_grad():
+            with torch.no_grad():
+                z, _ = self.family.sample(torch.randn, 1)
+            with saved_tensors_hooks(count, lambda tensor: tensor):
+                self._terms(z[0].requires_grad_(), few)
+        return max(total, 1) / len(few[-1])
 
     def _expected_priors(self) -> dict[str, Callable[[Any], Tensor]]:
         """E_q[log N(w | loc, scale)] = log N(mean of q | loc, scale) - var of q / (2 scale^2)."""

@@ -25,6 +25,7 @@ from bnn.handlers import At, Capture, NotFinite, Score, branch, seeded
 from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
 
+_FAR = 1e4  # on the real line: beyond what any transform tells apart
 _FEW = 100  # rows that a model is run on where only its latent sites are looked at
 
 
@@ -164,8 +165,11 @@ class Energy:
         """Lifts a function of one particle over the first axis of its arguments.
 
         Some models cannot be lifted (they branch on values, or draw random numbers in place): those
-        are looped over.
+        are looped over, and so is one alone.
         """
+        if len(args[0]) == 1:  # each operation costs less where it is not lifted
+            one = function(*(a[0] for a in args))
+            return one[None] if isinstance(one, Tensor) else tuple(each[None] for each in one)
         if self._lifted:
             try:
                 return vmap(function, randomness="different")(*args)
@@ -190,6 +194,7 @@ class Energy:
             FitError: no point with a finite density was found.
         """
         if not self.slots:
+        if not self.size:
             return torch.zeros(count, 0)
         draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
@@ -212,6 +217,8 @@ class Energy:
 
     def prior_scale(self, seed: np.random.SeedSequence) -> Tensor:
         """Rough prior standard deviation of each coordinate, within [1e-3, 1], (size,)."""
+        if not self.size:
+            return torch.zeros(0)
         return self.prior_draws(32, seed).std(0).clamp(1e-3, 1.0)
 
     def prior_draws(self, count: int, seed: np.random.SeedSequence) -> Tensor:
@@ -222,7 +229,8 @@ class Energy:
     def _prior_draw(self) -> Tensor:
         with Capture(self.sites.observed) as capture:
             self.model(*self.few)
-        return self.flatten(capture.values)
+        z = self.flatten(capture.values)  # a draw rounded to the edge of its support is at infinity
+        return torch.nan_to_num(z, nan=0.0, posinf=_FAR, neginf=-_FAR)
 
     @cached_property
     def few(self) -> tuple[Any, ...]:

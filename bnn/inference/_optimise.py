@@ -80,13 +80,19 @@ class Optimised(Method):
         return [*climb, *of_guide(posterior)]
 
 
+def settling(settings: Optimised) -> int:
+    """Steps over which a method that anneals does so; a setting below 1 is their share."""
+    annealing = getattr(settings, "annealing", 0)
+    return round(annealing * settings.steps) if annealing < 1 else round(annealing)
+
+
 def of_climb(settings: Optimised, posterior: "Posterior") -> list[Finding]:
     """Whether the objective had stopped rising, by the judgements that the fit itself went by."""
     if posterior.history is None:
         return []
     history, sites = posterior.history.tolist(), posterior.sites
     epoch = None if sites.subsampled else posterior.data.epoch(settings.batch_size)
-    plateau = Plateau(settings.steps, getattr(settings, "annealing", 0), epoch)
+    plateau = Plateau(settings.steps, settling(settings), epoch)
     taken: list[float] = []
     for value in history if settings.schedule == "plateau" else []:
         taken.append(value)
