@@ -1,0 +1,106 @@
+"""Pictures of attention and saliency show what they say."""
+
+import warnings
+
+import matplotlib
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib import pyplot
+
+import bnn
+from bnn.models import mlp_classification, priors, transformer_classification
+from bnn.plots_attention import attention, salience, saliency
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    pyplot.close("all")
+
+
+def fit(model, *data, method):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the settings are too short to converge
+        return bnn.fit(model, *data, method=method, progress=False)
+
+
+def sentences():
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 9, (30, 5))
+    x[:10, 3:] = 0
+    return x, (x == 3).any(1).astype(int)
+
+
+@pytest.mark.parametrize("attention_is", ["softmax", priors.UniformAttention()])
+@pytest.mark.parametrize(
+    "method", [bnn.DirichletAttention(steps=5, draws=8), bnn.SVI(steps=5, draws=8)]
+)
+def test_attention_is_the_mean_and_the_spread_of_the_draws(attention_is, method):
+    x, y = sentences()
+    model = transformer_classification(
+        5, 2, vocabulary=9, padding=0, width=8, heads=2, layers=1, attention=attention_is
+    )
+    posterior = fit(model, x, y, method=method)
+    grid = attention(posterior, x, tokens=list("abcde"), row=2)
+    assert grid.shape == (2, 2)
+    shown = np.stack([[ax.images[0].get_array() for ax in axes] for axes in grid])
+    real = x[2] != 0
+    np.testing.assert_allclose(shown[0].sum(-1), np.tile(real, (2, 1)), atol=1e-5)
+    assert (shown[:, :, :, ~real] == 0).all()
+    if attention_is == "softmax":
+        given = posterior.predict(x[2:3], seams=["attention.0.weights"])
+        a = given.local["attention.0.weights"][0, :, 0]
+        np.testing.assert_allclose(shown[0], a.mean(0), atol=1e-6)
+        np.testing.assert_allclose(shown[1], a.std(0, correction=0), atol=1e-6)
+    assert [t.get_text() for t in grid[0, 0].get_xticklabels()] == list("abcde")
+
+
+def test_saliency_of_a_linear_model_is_weight_times_input():
+    """The log odds of logistic regression are x w: each column adds x_j w_j."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 3))
+    y = (x @ [2.0, -1.0, 0.0] > 0).astype(float)
+    posterior = fit(model, x, y, method=bnn.SVI(steps=300, draws=50))
+    values, label = salience(posterior, x, row=4)
+    assert label == int(posterior.predict(x[4:5]).probs.argmax())
+    w = posterior.draws["w"][0].numpy()
+    np.testing.assert_allclose(values, (1 if label else -1) * x[4] * w, rtol=1e-4, atol=1e-5)
+    ax = saliency(posterior, x, row=4, tokens=["a", "b", "c"])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_saliency_of_ids_is_at_their_embedding():
+    x, y = sentences()
+    model = transformer_classification(5, 2, vocabulary=9, padding=0, width=8, heads=2, layers=1)
+    posterior = fit(model, x, y, method=bnn.DirichletAttention(steps=5, draws=8))
+    values, _ = salience(posterior, x, row=2)
+    assert values.shape == (8, 5)
+    assert (values[:, x[2] == 0] == 0).all()  # padding is not seen
+    assert (values[:, x[2] != 0] != 0).all()
+    assert not np.array_equal(values[0], values[1])
+
+
+def test_refuses_what_it_cannot_draw():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((20, 3)), np.arange(20) % 2
+    posterior = fit(mlp_classification(3, 2, (4,)), x, y, method=bnn.MAP(steps=5, draws=2))
+    with pytest.raises(bnn.ModelError, match="announces no attention"):
+        attention(posterior, x)
+    with pytest.raises(bnn.DataError, match="2 names and a row has 3"):
+        saliency(posterior, x, tokens=["a", "b"])
+    with pytest.raises(bnn.DataError, match="row is 20"):
+        saliency(posterior, x, row=20)
+    numbers = fit(bnn.models.linear(3), x, y * 1.0, method=bnn.MAP(steps=5, draws=2))
+    with pytest.raises(bnn.DataError, match="of a label"):
+        saliency(numbers, x)
