@@ -1,0 +1,89 @@
+"""Steps of Dirichlet attention per second, and of maximum a posteriori on the same transformer."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.common import alternate, arguments, begin, compare
+
+SIZES = {"S": (8, 32), "M": (16, 64), "L": (16, 128)}  # tokens, width; 2 layers of 4 heads
+ANCHORS = ("bnn MAP", "bnn MAP, compiled")
+Timed = Callable[[], float]
+
+
+def problem(tokens: int, width: int) -> tuple[Any, Any, Any]:
+    """A transformer of 8 features a token and 10 labels, and noise for data: 1,000 rows."""
+    import torch
+
+    from bnn.models import transformer_classification
+
+    torch.manual_seed(0)
+    x, y = torch.randn(1_000, tokens, 8), torch.randint(10, (1_000,))
+    return transformer_classification(tokens, 10, features=8, width=width), x, y
+
+
+def timed(method: Any, given: tuple[Any, Any, Any], compiled: bool, steps: int) -> Timed:
+    """The median time of a step on minibatches of 100 rows, compiled or as the model is written."""
+    import bnn
+    from bnn.inference import _step
+
+    settings = {"learning_rate": 1e-3, "schedule": "constant", "batch_size": 100, "draws": 1}
+    made = dataclasses.replace(method, steps=steps, **settings)
+    call = _step.Step.__call__
+
+    def fit() -> float:
+        taken: list[float] = []
+
+        def watched(step: Any, *args: Any) -> Any:
+            if compiled and step.route != "compiled":
+                raise RuntimeError("The step was not compiled.")
+            start = perf_counter()
+            outcome = call(step, *args)
+            taken.append(perf_counter() - start)
+            return outcome
+
+        limits = {"_FEW": 0 if compiled else 10**9, "_COMPILING": 0.0}
+        with patch.object(_step.Step, "__call__", watched), patch.multiple(_step, **limits):
+            bnn.fit(*given, method=made, progress=False)
+        return statistics.median(taken[5:])
+
+    return fit
+
+
+def contenders(tokens: int, width: int, steps: int) -> dict[str, Timed]:
+    """Gamma draws cannot be compiled; the noise of the other families is given to the step."""
+    import bnn
+
+    given, dirichlet = problem(tokens, width), bnn.DirichletAttention
+    methods = {
+        "MAP": (bnn.MAP(), False),
+        "dirichlet": (dirichlet(), False),
+        "dirichlet, uniform prior": (dirichlet(prior="uniform"), False),
+        "dirichlet, contextual prior": (dirichlet(prior="contextual"), False),
+        "weibull": (dirichlet(family="weibull"), False),
+        "lognormal": (dirichlet(family="lognormal"), False),
+        "MAP, compiled": (bnn.MAP(), True),
+        "weibull, compiled": (dirichlet(family="weibull"), True),
+        "lognormal, compiled": (dirichlet(family="lognormal"), True),
+    }
+    return {f"bnn {k}": timed(m, given, *rest, steps) for k, (m, *rest) in methods.items()}
+
+
+def main() -> None:
+    args = arguments(__doc__, tuple(SIZES)).parse_args()
+    if args.quick:
+        args.sizes, args.repeats = ["S"], 2
+    begin("Steps of attention", args.cores)
+    for size in args.sizes:
+        tokens, width = SIZES[size]
+        timed = contenders(tokens, width, 10 if args.quick else 100)
+        times = alternate(timed, args.repeats)
+        title = f"{size}: {tokens} tokens of width {width}, 2 layers, 4 heads, 100 rows a step"
+        compare(title, "ms / step", times, ANCHORS, value=lambda s: 1e3 * s)
+
+
+if __name__ == "__main__":
+    main()
