@@ -2,8 +2,8 @@
 
 from bnn.inference.concrete_dropout import ConcreteDropout
 from bnn.inference.deep_ensemble import DeepEnsemble
-from bnn.inference.gflowout import GFlowOut
 from bnn.inference.dirichlet_attention import DirichletAttention
+from bnn.inference.gflowout import GFlowOut
 from bnn.inference.laplace import Laplace
 from bnn.inference.map import MAP
 from bnn.inference.mc_dropout import MCDropout
@@ -25,8 +25,8 @@ __all__ = [
     "SWAG",
     "ConcreteDropout",
     "DeepEnsemble",
-    "GFlowOut",
     "DirichletAttention",
+    "GFlowOut",
     "Laplace",
     "MCDropout",
     "RandomizedPriors",

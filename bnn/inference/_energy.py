@@ -193,7 +193,6 @@ class Energy:
         Raises:
             FitError: no point with a finite density was found.
         """
-        if not self.slots:
         if not self.size:
             return torch.zeros(count, 0)
         draws = self.prior_draws(32, seed)

@@ -2,6 +2,7 @@
 
 along an input    `band`, `functions`, `decomposition`
 calibration       `truth`, `coverage`, `pit`, `reliability`, `risk_coverage`
+transformers      `attention`, `saliency`
 fits              `trace`, `history`, `members`, `members_film`, `diagnose`, `compare`, `sbc`
 
 All take `ax=`, and open a figure where there is none. Aleatoric is orange and epistemic blue.
@@ -13,6 +14,7 @@ from bnn.plots.functions import functions, trace
 from bnn.plots.intervals import band, truth
 from bnn.plots.tables import compare, diagnose
 from bnn.plots.training import history, members, members_film
+from bnn.plots.transformers import attention, saliency
 from bnn.plots.uncertainty import decomposition, risk_coverage
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "SERIES",
     "TOTAL",
     "TRUTH",
+    "attention",
     "band",
     "compare",
     "coverage",
@@ -35,6 +38,7 @@ __all__ = [
     "pit",
     "reliability",
     "risk_coverage",
+    "saliency",
     "sbc",
     "trace",
     "truth",

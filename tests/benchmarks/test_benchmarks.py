@@ -11,12 +11,9 @@ import pytest
 import torch
 
 import bnn
-from benchmarks import common, ensembles, gradient, masks, predict, samplers, start, svi
+from benchmarks import attention, common, ensembles, gradient, masks, predict, samplers, start, svi
 
-MODULES = (ensembles, gradient, masks, predict, samplers, start, svi)
-from benchmarks import attention, common, ensembles, gradient, predict, samplers, start, svi
-
-MODULES = (attention, ensembles, gradient, predict, samplers, start, svi)
+MODULES = (attention, ensembles, gradient, masks, predict, samplers, start, svi)
 ROOT = Path(__file__).parents[2]
 peers = pytest.mark.skipif(
     not (find_spec("numpyro") and find_spec("jax")), reason='pip install -e ".[bench]"'

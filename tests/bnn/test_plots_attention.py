@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 import bnn
 from bnn.models import mlp_classification, priors, transformer_classification
-from bnn.plots_attention import attention, salience, saliency
+from bnn.plots.transformers import attention, salience, saliency
 
 matplotlib.use("Agg")
 

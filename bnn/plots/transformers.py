@@ -13,12 +13,13 @@ from bnn.errors import DataError, ModelError
 from bnn.fitting import seed_sequence
 from bnn.handlers import At, Capture, branch, parameters, quiet_pyro, seeded
 from bnn.observations import innermost
+from bnn.plots._style import EPISTEMIC
 from bnn.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CLEAR, _UNCLEAR = "#0072B2", "#999999"
+_UNCLEAR = "#999999"
 
 
 def attention(
@@ -138,7 +139,7 @@ def saliency(
         size = (5.0, 1.2 + 0.28 * len(names))
         ax = pyplot.subplots(figsize=size, layout="constrained")[1]
     ax.axvline(0, color="#444444", lw=0.8)
-    for told, some, colour in ((f"{level:.0%} interval leaves out 0", clear, _CLEAR),
+    for told, some, colour in ((f"{level:.0%} interval leaves out 0", clear, EPISTEMIC),
                                ("holds 0", ~clear, _UNCLEAR)):  # fmt: skip
         ax.hlines(place[some], lower[some], upper[some], color=colour, lw=2, label=told)
         ax.scatter(mean[some], place[some], color=colour, s=22, zorder=3)
