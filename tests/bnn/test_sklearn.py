@@ -22,10 +22,22 @@ METHODS = {
 }
 
 
+# The noise of rows without any goes to 0, where there is no mode: Laplace raises, and says so.
+NOISELESS = {
+    name: "y is a function of X"
+    for name in ("check_regressors_no_decision_function", "check_pipeline_consistency")
+}
+
+
 def _checked(kind, method):
+    laplace = isinstance(method, bnn.Laplace) and kind is BNNRegressor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = check_estimator(kind(hidden=(10,), method=method), on_fail=None)
+        results = check_estimator(
+            kind(hidden=(10,), method=method),
+            on_fail=None,
+            expected_failed_checks=NOISELESS if laplace else {},
+        )
     failed = {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"}
     assert not failed, failed
     assert sum(r["status"] == "passed" for r in results) > 40
