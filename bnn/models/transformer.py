@@ -95,7 +95,11 @@ class Transformer(nn.Module):
         """Ids (row, token) or features (row, token, feature) to (row, output).
 
         Or to (row, token, output), where the net is not pooled.
+
+        Raises:
+            ValueError: x has other axes, or another number of tokens.
         """
+        self._check_places(x)
         real = self.real(x)  # (row, token)
         h = self.embedding(x.long() if self.ids else x)  # (row, token, width)
         h = h + (self.waves if self.place is None else self.place.weight)
@@ -109,6 +113,14 @@ class Transformer(nn.Module):
             share = real / real.sum(-1, keepdim=True).clamp(min=1)
             h = (h * share[..., None].to(h)).sum(-2)  # (row, width)
         return self.head(h)
+
+    def _check_places(self, x: Tensor) -> None:
+        axes, tokens = "token" if self.ids else "token, feature", len(self.past)
+        if x.ndim != (2 if self.ids else 3) or x.shape[1] != tokens:
+            raise ValueError(
+                f"A transformer of {tokens} tokens takes x (row, {axes}), found shape "
+                f"{tuple(x.shape)}. Pad rows to {tokens} tokens, or build it with tokens=."
+            )
 
     def real(self, x: Tensor) -> Tensor:
         """True for tokens that are no padding, (row, token)."""
@@ -140,12 +152,21 @@ class Block(nn.Module):
 class Patches(nn.Module):
     """A transformer of the patches of an image, read in rows from the top left."""
 
-    def __init__(self, patch: int, transformer: Transformer):
+    def __init__(self, image: tuple[int, int], patch: int, transformer: Transformer):
         super().__init__()
-        self.patch, self.transformer = patch, transformer
+        self.image, self.patch, self.transformer = tuple(image), patch, transformer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (row, height, width) or (row, channel, height, width) to (row, output)."""
+        """Images (row, height, width) or (row, channel, height, width) to (row, output).
+
+        Raises:
+            ValueError: they are of another height or width.
+        """
+        if x.shape[-2:] != self.image:
+            raise ValueError(
+                f"The patches are of images (height={self.image[0]}, width={self.image[1]}), and x "
+                f"has shape {tuple(x.shape)}. Resize the images, or build the model for theirs."
+            )
         x = x if x.ndim > 3 else x[..., None, :, :]
         x = x.unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch))
         x = x.permute(0, 2, 4, 1, 3, 5)  # (row, down, across, channel, patch, patch)
@@ -250,7 +271,7 @@ def vit(
         )
     tokens = (height // patch) * (width // patch)
     inner = Transformer(tokens, classes, features=channels * patch**2, **settings)
-    return supervised(Patches(patch, inner), Categorical(classes), prior)
+    return supervised(Patches(image, patch, inner), Categorical(classes), prior)
 
 
 def _waves(tokens: int, width: int) -> Tensor:

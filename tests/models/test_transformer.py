@@ -161,3 +161,25 @@ def test_refuses_settings(settings, text):
         vit((8, 7), 2)
     with pytest.raises(ValueError, match="positive number"):
         priors.ContextualAttention(np.nan)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "x"),
+    [
+        ({"vocabulary": 9}, torch.ones(4, 1, dtype=torch.long)),
+        ({"vocabulary": 9}, torch.ones(5, dtype=torch.long)),
+        ({"features": 3}, torch.ones(5, 3)),
+        ({"features": 3}, torch.ones(4, 1, 3)),
+    ],
+)
+def test_refuses_rows_of_another_length(inputs, x):
+    """They would be broadcast: one token would stand in every place."""
+    net = transformer_classification(5, 2, **SMALL, **inputs).net
+    with pytest.raises(ValueError, match="of 5 tokens takes x"):
+        net(x)
+
+
+def test_refuses_images_of_another_shape():
+    """As many patches, in other places."""
+    with pytest.raises(ValueError, match=r"height=4, width=4.*\(3, 2, 8\)"):
+        vit((4, 4), 2, **SMALL).net(torch.rand(3, 2, 8))
