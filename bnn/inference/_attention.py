@@ -529,9 +529,9 @@ def told(attended: Attended, args: tuple[Any, ...]) -> list[Finding]:
         if not chooses.any():
             continue
         mean = law.mean
-        draws = torch.stack([law.rsample() for _ in range(_DRAWS)])
-        first = mean.argmax(-1, keepdim=True).expand(_DRAWS, *mean.shape[:-1], 1)
-        spread = float(draws.gather(-1, first)[..., 0].std(0)[chooses].mean())
+        first = mean.argmax(-1, keepdim=True)
+        draws = [law.rsample().gather(-1, first)[..., 0] for _ in range(_DRAWS)]
+        spread = float(torch.stack(draws).std(0)[chooses].mean())
         kl = float(law.kl()[chooses].mean())
         keys = float(torch.special.entr(mean).sum(-1)[chooses].mean().exp())
         found += [

@@ -15,7 +15,7 @@ likelihood. It is summed over layers, heads and queries (Fan et al. average it: 
 and annealed. New rows have no y: their attention is drawn from q, which looks at x alone.
 
 Cinquin et al. do not publish their map from scores to concentrations; ours is theirs in spirit. To
-each concentration .01 is added: without it KL and slope have no bound at keys far from attended to.
+c pi and k pi .01 is added: without it KL and slope have no bound at keys far from attended to.
 
 When not to use it: to make a classifier more accurate, or to know how sure it is of its weights.
 The authors found it no better than its baselines. A label tells of a row a few nats, and the KL of

@@ -9,10 +9,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnn
 from bnn.handlers import AtMeans
-from bnn.inference._attention import Attended, Attending, Law, Rule
+from bnn.inference._attention import Attended, Attending, Law, Rule, told
 from bnn.models import priors, transformer_classification, transformer_tagging
 
 LOOKS, KEYS, COPIES = 30, 4, 100
@@ -256,6 +257,27 @@ def test_a_collapse_and_a_runaway_are_told():
     posterior = fit(tagger(layers=1), x, y, method=sharp)
     found = {finding.name: finding for finding in sharp.findings(posterior)}
     assert found["spread of attention.0.weights"].doubtful
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of entries of the largest tensor that is made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_findings_do_not_hold_all_draws_of_attention():
+    """64 draws of the weights of 24 rows: of each query the largest is enough."""
+    rule = Rule("dirichlet", None, "uniform", 10.0)
+    with Largest() as made:
+        found = told(Attended(tagger().net, rule, {}), tagged()[:1])
+    assert len(found) == 6
+    assert made.numbers < 20 * 24 * 2 * 6 * 6
 
 
 def test_the_models_prior_counts_the_keys_that_are_seen():
