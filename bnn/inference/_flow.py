@@ -28,7 +28,8 @@ from bnn.inference._unit_masks import Masking, Place
 from bnn.method import Model, Tensors
 
 _CELLS = 65_536  # masks x rows in one call
-_EVALUATIONS = 10_000_000  # masks x rows that log Z and the findings may cost
+_EVALUATIONS = 10_000_000  # masks x rows that log Z and the findings may cost,
+_BY_ROW = 2_000_000  # and where the generators run for each row
 _FEW = 1_000  # rows at which log Z is looked for before the first step
 
 
@@ -165,20 +166,22 @@ class Flow:
             tensors: see `run`.
             count: of masks at most; fewer where the rows are many.
         """
-        count = min(max(_EVALUATIONS // max(self.energy.data.rows, 1), 16), count)
-        shared = self.noise(count, 0)
+        affordable = _EVALUATIONS if self.labels is None else _BY_ROW
+        count = min(max(affordable // max(self.energy.data.rows, 1), 16), count)
+        shared = self.noise(count, 0) if self.labels is None else ()
         found: list[list[Tensor]] = []
         for args in batches:
             rows = len(args[-1])
-            uniforms = shared if self.labels is None else self.noise(count, rows)
 
             def at(*each: Tensor, args: tuple[Any, ...] = args) -> tuple[Tensor, ...]:
                 one = self.run(z, args, tensors, each)
                 return one.each, one.log_q, one.log_p
 
             step = max(1, _CELLS // max(rows, 1))
-            cut = zip(*(u.split(step) for u in uniforms), strict=True)
-            parts = [self.energy.batched(at, *part) for part in cut]
+            parts = []
+            for i in range(0, count, step):
+                some = [u[i : i + step] for u in shared] or self.noise(min(step, count - i), rows)
+                parts.append(self.energy.batched(at, *some))
             found.append([torch.cat(each) for each in zip(*parts, strict=True)])
             if self.labels is None:
                 found[-1][0] *= rows / self.energy.data.rows

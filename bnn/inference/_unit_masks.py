@@ -8,7 +8,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bnn.data import Data
 from bnn.errors import ModelError
 from bnn.handlers import At, Rewrite, Score, branch, seeded
 from bnn.inference._energy import Energy
@@ -113,19 +112,25 @@ def check_keep(method: str, keep: Any) -> None:
             )
 
 
-def require_rows(data: Data, sites: Sites, method: str, by_row: bool) -> None:
+def require_rows(sites: Sites, method: str, apart: bool, batched: bool) -> None:
     """Refuses what keeps the rows of a seam from being those of the observations.
 
     Raises:
         ModelError: the model's own plate draws rows; no data plate, or a site of a row, where rows
             are taken apart.
     """
+    if apart and sites.locals:
+        raise ModelError(
+            f'{method} gives each row masks of its own, and "{sites.locals[0]}" is a latent site '
+            "of each row too, which it would hold at one value. Use conditional=False, or a model "
+            "without it."
+        )
     if sites.subsampled:
         raise ModelError(
             f'{method} draws masks for the rows that it is given, and the plate "{sites.plate}" '
             "draws rows by itself. Leave its subsample_size out, and fit with batch_size."
         )
-    if by_row or data.loader is not None:
+    if apart or batched:
         require_minibatches(sites, method)
 
 
@@ -191,7 +196,11 @@ def find_places(energy: Energy, masking: Masking, method: str, seed: Any) -> lis
 def _check_used(
     energy: Energy, places: Sequence[Place], apart: bool, method: str, seed: Any
 ) -> None:
-    """Compares runs in which a seam of one row, or of all, is moved."""
+    """Compares runs in which a seam of one row, or of all, is moved.
+
+    Each entry by as much as chance says: what a norm or a softmax takes out leaves nothing of a
+    shift that is the same for all units.
+    """
     z, args, sites = energy.initial(1, branch(seed, 0))[0], energy.data.tensors, energy.sites
 
     def densities(rules: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -202,14 +211,16 @@ def _check_used(
         return score.rowwise if apart else torch.as_tensor(score.likelihood)
 
     still = densities({})
-    for place in places:
-        if torch.equal(still, densities({place.name: lambda h: h + 1})):
+    for number, place in enumerate(places):
+        with seeded(branch(seed, 2, number)):
+            shift = torch.randn(energy.sites.seams[place.name].shape)
+        if torch.equal(still, densities({place.name: lambda h, by=shift: h + by})):
             raise ModelError(
                 f'{method} masks the seam "{place.name}", and "{sites.observed}" is distributed '
                 "the same whatever that is: the model drops what pyro.deterministic returns. Go on "
                 "with it: h = pyro.deterministic(name, h)."
             )
-        first = lambda h: torch.cat([h[:1] + 1, h[1:]])
+        first = lambda h, by=shift: torch.cat([h[:1] + by[:1], h[1:]])
         rest = densities({place.name: first})[1:] if apart else still
         if apart and not torch.allclose(still[1:], rest, rtol=1e-4, atol=1e-4):
             raise ModelError(

@@ -134,7 +134,8 @@ class GFlowOut(Optimised):
     ) -> Posterior:
         """See `Method.fit`."""
         require_continuous(sites, "GFlowOut")
-        require_rows(data, sites, "GFlowOut", self.conditional or self.batch_size is not None)
+        batched = self.batch_size is not None or data.loader is not None
+        require_rows(sites, "GFlowOut", self.conditional, batched)
         if self.power != 1:
             told = f"GFlowOut(power={self.power:g}) draws masks from p(z) p(data | z)^power, which "
             told += "is not their posterior. Leave power=1."

@@ -13,6 +13,7 @@ from torch import nn
 
 import bnn
 from bnn.data import take
+from bnn.inference import _flow, gflowout
 from bnn.inference._energy import Energy
 from bnn.inference._flow import Flow
 from bnn.inference._mask_generators import Generator, Labels
@@ -452,6 +453,68 @@ def test_labels_and_tokens_of_a_row_share_a_mask():
     assert prediction.probs.shape == (20, 3)
 
 
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("among_rows", [True, False])
+def test_units_of_which_the_differences_count(conditional, among_rows):
+    """A shift of all units alike is no test of whether they are used, nor of by which row."""
+
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            h = pyro.deterministic("hidden.0", torch.cat([x, -x], 1), event_dim=1)
+            f = h[:, 0] - h[:, 1]
+            f = f.mean().expand(len(x)) if among_rows else f
+            pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+    x = torch.arange(12.0)[:, None] / 4
+    if conditional and among_rows:
+        with pytest.raises(bnn.ModelError, match="changes others"):
+            quick(model, x, Y)
+    else:
+        masks = quick(model, x, Y, conditional=conditional, steps=5).predict(x).local
+        assert masks["hidden.0.mask"].shape == (1, 40, 12, 2)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_tokens_of_a_transformer_share_the_features_that_they_lose(conditional):
+    torch.manual_seed(0)
+    x = torch.randint(1, 9, (12, 5))
+    x[:6, 3:] = 0
+    y = (x > x.roll(1, 1)).long()
+    settings = {"vocabulary": 9, "padding": 0, "width": 8, "heads": 2}
+    model = bnn.models.transformer_tagging(5, 2, **settings)
+    posterior = quick(model, x, y, conditional=conditional, steps=20)
+    assert math.isfinite(posterior.log_evidence)
+    prediction = posterior.predict(x, seams=["hidden.0", "hidden.1"])
+    for seam in ("hidden.0", "hidden.1"):
+        masks, h = prediction.local[f"{seam}.mask"], prediction.local[seam]
+        assert masks.shape == (1, 40, 12, 8)
+        assert h.shape == (1, 40, 12, 5, 8)
+        assert ((h == 0) == (masks == 0)[:, :, :, None]).all()
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_log_z_costs_what_it_may(conditional, monkeypatch):
+    """Fewer masks where rows are many, and the uniforms of a few of them in memory together."""
+    for name, value in {"_EVALUATIONS": 12 * 36, "_BY_ROW": 12 * 20, "_CELLS": 12 * 5}.items():
+        monkeypatch.setattr(_flow, name, value, raising=False)
+    asked, noise, assess = [], Flow.noise, gflowout.assess
+
+    def watched(flow, particles, rows):
+        asked.append(particles * (1 if flow.labels is None else rows))
+        return noise(flow, particles, rows)
+
+    def assessed(each, *rest):
+        asked.append(each.shape)
+        return assess(each, *rest)
+
+    monkeypatch.setattr(Flow, "noise", watched)
+    monkeypatch.setattr(gflowout, "assess", assessed)
+    quick(mlp(), X, Y, conditional=conditional, steps=1)
+    *uniforms, shape = asked
+    assert shape == ((20, 12) if conditional else (36,))
+    assert max(uniforms[1:] if conditional else [0]) <= 12 * 5
+
+
 def test_axis_says_where_the_units_are():
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 1, 3]).to_event(3))
@@ -556,6 +619,17 @@ def subsampled(x, y=None):
 def test_models_that_have_no_masks_to_find_are_refused(model, settings, told):
     with pytest.raises(bnn.ModelError, match=told):
         quick(model, X, Y, **settings)
+
+
+def test_latent_sites_of_a_row_have_no_masks_of_their_own():
+    def model(x, y=None):
+        with pyro.plate("data", len(x)):
+            shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+            h = pyro.deterministic("hidden.0", x + shift[:, None], event_dim=1)
+            pyro.sample("y", dist.Normal(h[:, 0], 1.0), obs=y)
+
+    with pytest.raises(bnn.ModelError, match='"shift" is a latent site of each row'):
+        quick(model, X, Y)
 
 
 def test_seams_outside_the_plate_take_one_mask():
