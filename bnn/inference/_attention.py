@@ -96,8 +96,8 @@ class Law(TorchDistribution):
         return softmax(self._log_s(ask), self.hidden)
 
     def kl(self) -> Tensor:
-        """KL(q || prior) of each query, nats, (row, *lead, query); 0 where it sees no key."""
-        return torch.where(self.hidden.all(-1), 0.0, self._divergence())
+        """KL(q || prior) of each query, nats, (row, *lead, query); 0 where it has no choice."""
+        return torch.where((~self.hidden).sum(-1) > 1, self._divergence(), 0.0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """-KL(q || prior), (row,), whatever the value."""
@@ -408,7 +408,7 @@ class Rule:
                 _STARTS[self.law] if self.sharpness is None else self.sharpness
             )
         else:
-            sharpness = log_sharpness.clamp(*map(math.log, _SHARPNESS)).exp()
+            sharpness = _held(log_sharpness)
         pi = softmax(scores, scores == -math.inf)
         own = self.prior is None and _is_dirichlet(fn)
         prior = innermost(fn).concentration if own else self._prior(tensors, stem, pi, scores, keys)
@@ -422,7 +422,7 @@ class Rule:
         log_total = tensors.get(f"{stem}.log_prior_concentration")
         total: Any = self.prior_concentration
         if log_total is not None:
-            total = log_total.clamp(*map(math.log, _SHARPNESS)).exp()
+            total = _held(log_total)
         if self.prior in ("scores", None):
             return total * pi + FLOOR
         hidden = scores == -math.inf
@@ -436,6 +436,11 @@ class Rule:
             each = (units @ second).unflatten(-2, rows.shape[-3:-1])[..., 0]  # (*lead, row, key)
             share = softmax(each.movedim(-2, 0)[..., None, :].expand_as(scores), hidden)
         return (total * share).clamp(min=FLOOR)
+
+
+def _held(log: Tensor) -> Tensor:
+    """What a learned log says, within range; beyond, its slope is what it would be without end."""
+    return (log + (log.clamp(*map(math.log, _SHARPNESS)) - log).detach()).exp()
 
 
 class Attending(Messenger):

@@ -27,7 +27,7 @@ from bnn.inference._mask_generators import (
 from bnn.inference._unit_masks import Masking, Place
 from bnn.method import Model, Tensors
 
-_CELLS = 65_536  # masks x rows in one call
+_CELLS = 16_384  # masks x rows in one call
 _EVALUATIONS = 10_000_000  # masks x rows that log Z and the findings may cost,
 _BY_ROW = 2_000_000  # and where the generators run for each row
 _FEW = 1_000  # rows at which log Z is looked for before the first step

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributions as td
 
-from bnn.inference._attention import FLOOR, LAWS, _digamma, weibull_gamma
+from bnn.inference._attention import FLOOR, LAWS, Rule, _digamma, weibull_gamma
 
 NAMES = sorted(LAWS)
 
@@ -166,6 +166,26 @@ def test_slopes_are_finite_at_extreme_scores(name, blind):
     assert torch.isfinite(value)
     assert all(torch.isfinite(each).all() for each in found if each is not None)
     assert (found[0][:, 3] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_of_one_key_has_nothing_to_tell(name):
+    scores = torch.tensor([[3.0, -math.inf, -math.inf], [0.3, 1.0, -math.inf]])
+    law = _law(name, scores)
+    assert float(law.kl()[0]) == 0 < float(law.kl()[1])
+    torch.testing.assert_close(law.rsample()[0], torch.tensor([1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(("log", "held", "way"), [(-4, 0.1, 1), (0, 1.0, 1), (12, 1e4, -1)])
+def test_a_sharpness_beyond_its_range_finds_back(log, held, way):
+    rule, leaf = (
+        Rule("weibull", None, "uniform", 10.0),
+        torch.tensor([[float(log)]]).requires_grad_(),
+    )
+    law = rule({"attention.0.log_sharpness": leaf}, "attention.0", torch.randn(5, 3, 4), None, None)
+    assert law.sharpness.item() == pytest.approx(held)
+    (slope,) = torch.autograd.grad(law.log_prob(None).sum(), leaf)
+    assert slope.sign().item() == way
 
 
 @pytest.mark.parametrize("name", NAMES)
