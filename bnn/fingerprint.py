@@ -1,13 +1,15 @@
 """Fingerprint: a SHA-256 by which a model, which no file holds, is known again.
 
 Of a function it covers the instructions, constants, names and defaults, what it closes over and
-what it reads of its own module; of an `nn.Module` its print and the shapes of its tensors, since
-their values are starting points at most; of any other object its class and attributes. Comments,
-line numbers and the code of other packages are left out.
+the globals that it reads: values of any kind, and functions and classes of its own module; of a
+class its methods and what it inherits; of an `nn.Module` its class, its print and the shapes of its
+tensors, since their values are starting points at most; of any other object its class and
+attributes. Comments, line numbers and the code of other modules are left out.
 """
 
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from bnn.files import digest
 
 _DEPTH = 12  # beyond it nothing is looked at
+_KNOWN = {"torch", "pyro", "bnn", "numpy", *sys.stdlib_module_names}  # told by their versions
 
 
 def fingerprint(thing: Any) -> str:
@@ -63,13 +66,15 @@ def _parts(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
         inside = [thing.co_names, thing.co_varnames, thing.co_freevars, thing.co_consts]
     elif isinstance(thing, type):
         yield f"{thing.__module__}.{thing.__qualname__}"
-        if thing.__module__.partition(".")[0] not in ("torch", "pyro", "builtins"):
-            members = sorted(vars(thing).items())
-            inside = [v for _, v in members if isinstance(v, types.FunctionType)]
+        if thing.__module__.partition(".")[0] not in _KNOWN:
+            members = [_unwrapped(v) for _, v in sorted(vars(thing).items())]
+            inside = [v for v in members if isinstance(v, types.FunctionType)]
+            inside += thing.__bases__
     elif isinstance(thing, types.BuiltinFunctionType | types.ModuleType):
         yield thing.__name__
     else:
-        inside = sorted(getattr(thing, "__dict__", {}).items(), key=lambda item: item[0])
+        attributes = sorted(getattr(thing, "__dict__", {}).items(), key=lambda item: item[0])
+        inside = [type(thing), *attributes]
     for each in inside:
         yield from _parts(each, seen, depth + 1)
 
@@ -86,7 +91,7 @@ def _of_function(function: types.FunctionType) -> list[Any]:
         value
         for name in sorted(_names(code))
         if (value := function.__globals__.get(name)) is not None
-        and (_plain(value) or getattr(value, "__module__", None) == function.__module__)
+        and (_value(value) or getattr(value, "__module__", None) == function.__module__)
     ]
     return [code, function.__defaults__, function.__kwdefaults__, closed, own]
 
@@ -104,5 +109,12 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | tuple | Tensor | np.ndarray)
+def _value(thing: Any) -> bool:
+    """True of what is no code."""
+    code = types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type
+    return not isinstance(thing, code)
+
+
+def _unwrapped(member: Any) -> Any:
+    """The function of a static or class method, or of a property; another member as it is."""
+    return getattr(member, "__func__", None) or getattr(member, "fget", None) or member

@@ -1,5 +1,6 @@
 """A fit that stops, however it does, goes on to the same bits; and nothing that is kept is lost."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -379,6 +380,43 @@ def test_a_model_is_known_by_what_it_does():
     mlp = lambda hidden: bnn.models.mlp_regression(2, hidden=(hidden,))
     assert fingerprint(mlp(5)) == fingerprint(mlp(5))
     assert fingerprint(mlp(5)) != fingerprint(mlp(6))
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        ({"scale": 1.0}, {"scale": 2.0}),
+        ([5, 5], [5, 6]),
+        (bnn.models.priors.Normal(1.0), bnn.models.priors.Normal(2.0)),
+        (torch.nn.Linear(1, 5), torch.nn.Linear(1, 6)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_is_known_by_the_globals_it_reads(value, other, monkeypatch):
+    def program(x):
+        return SETTING, x  # noqa: F821
+
+    monkeypatch.setitem(globals(), "SETTING", value)
+    before = fingerprint(program)
+    monkeypatch.setitem(globals(), "SETTING", copy.deepcopy(value))
+    assert fingerprint(program) == before
+    monkeypatch.setitem(globals(), "SETTING", other)
+    assert fingerprint(program) != before
+
+
+def test_a_model_that_is_an_object_is_known_by_its_methods():
+    def make(scale, wraps=lambda function: function, heir=True):
+        class Parent:
+            def __call__(self, x):
+                return self.prior(x) if scale == 1.0 else -self.prior(x)
+
+            prior = wraps(lambda *args: scale * args[-1])
+
+        return type("Heir", (Parent,), {})() if heir else Parent()
+
+    for settings in ({}, {"heir": False}, {"wraps": staticmethod}, {"wraps": property}):
+        assert fingerprint(make(1.0, **settings)) == fingerprint(make(1.0, **settings))
+        assert fingerprint(make(1.0, **settings)) != fingerprint(make(2.0, **settings))
 
 
 _FINGERPRINT = """
