@@ -60,7 +60,7 @@ def reference(posterior: Posterior, *inputs: Any, against: Posterior) -> "pandas
 
     Raises:
         DataError: inputs that the models do not take; posteriors of labels and of numbers; an f
-            that differs in shape.
+            that differs in shape; one draw of `against`.
 
     References:
         Izmailov, Vikram, Hoffman, Wilson (2021), What are Bayesian neural network posteriors
@@ -82,6 +82,8 @@ def reference(posterior: Posterior, *inputs: Any, against: Posterior) -> "pandas
 
     if not isinstance(against, Posterior):
         raise TypeError(f"against is a {type(against).__name__}. Pass a posterior that you trust.")
+    if math.prod(against.shape) < 2:
+        raise DataError("against holds one draw, which no distance can be taken from. Pass more.")
     rows = inputs or default_rows(posterior)
     first, second = (each.predict(*rows) for each in (posterior, against))
     if (first.probs is None) != (second.probs is None) or first.f.shape[2:] != second.f.shape[2:]:
@@ -115,7 +117,7 @@ def default_rows(posterior: Posterior) -> tuple[Tensor, ...]:
 
 def regions(posterior: Posterior, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Which rows are inside the training data, outside, and all: (row,) of bool each."""
-    count = next((len(x) for x in inputs if x.ndim), 1)
+    count = next((len(x) for x in inputs if x.ndim), posterior.data.rows)
     everywhere = torch.ones(count, dtype=torch.bool)
     known, new = _columns(posterior.data.inputs), _columns(inputs)
     known = known[torch.linspace(0, max(len(known) - 1, 0), min(len(known), _KNOWN)).long()]
@@ -222,17 +224,20 @@ def total_variation(
     if one.sites.row_axis is None or two.sites.row_axis is None:
         return torch.full((rows,), math.nan, dtype=torch.float64)
     drawn = torch.cat([_some(each) for each in (first, second)])  # (point, row, *)
-    points = len(drawn)
-    at = tuple(x.repeat(points, *[1] * (x.ndim - 1)) if x.ndim else x for x in first.inputs)
-    y = drawn.flatten(0, 1)
+    # Without inputs the model states how many rows there are: one y of each at a time.
+    together = len(drawn) if any(x.ndim for x in first.inputs) else 1
+    at = tuple(x.repeat(together, *[1] * (x.ndim - 1)) if x.ndim else x for x in first.inputs)
     scored = []
     for each in (one, two):
         weights = sum(v[0, 0].numel() for v in each.draws.values())
-        count = min(max(_MULTIPLICATIONS // (len(y) * max(weights, 1)), _DRAWS[0]), _DRAWS[1])
-        scored.append(thinned(each, max(count // each.shape[0], 1), len(y)).log_score(*at, y))
-    p, q = (each.double() for each in scored)
+        cells = len(drawn) * rows
+        count = min(max(_MULTIPLICATIONS // (cells * max(weights, 1)), _DRAWS[0]), _DRAWS[1])
+        some = thinned(each, max(count // each.shape[0], 1), cells)
+        parts = [some.log_score(*at, y.flatten(0, 1)) for y in drawn.split(together)]
+        scored.append(torch.cat(parts).double().reshape(len(drawn), rows))
+    p, q = scored
     # |p - q| / (p + q) = |tanh((log p - log q) / 2)|
-    return torch.tanh((p - q) / 2).abs().nan_to_num(0.0).reshape(points, rows).mean(0)
+    return torch.tanh((p - q) / 2).abs().nan_to_num(0.0).mean(0)
 
 
 def _some(prediction: Prediction) -> Tensor:

@@ -143,3 +143,24 @@ def test_what_cannot_be_compared_is_refused(fitted):
     sorted_out = bnn.fit(labels, X, (X > 0).float(), method=bnn.MAP(steps=50))
     with pytest.raises(bnn.DataError, match="different things"):
         bnn.reference(fitted, against=sorted_out)
+    alone = replace(fitted, draws={"w": fitted.draws["w"][:1, :1]})
+    with pytest.raises(bnn.DataError, match="one draw"):
+        bnn.reference(fitted, against=alone)
+
+
+def test_a_model_without_inputs_states_its_rows():
+    """Poisson of a sure rate: the distance of two known laws, whatever the row."""
+
+    def counts(y=None):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    fitted = bnn.fit(counts, torch.tensor([3, 1, 4, 2]), method=bnn.MAP(steps=50, draws=400))
+    sure = lambda rate: replace(fitted, draws={"rate": torch.full((1, 400), rate)})
+    table = bnn.reference(sure(2.0), against=sure(6.0))
+    laws = [torch.distributions.Poisson(rate).log_prob(torch.arange(40.0)) for rate in (2.0, 6.0)]
+    exact = float((laws[0].exp() - laws[1].exp()).abs().sum()) / 2
+    assert table.loc["all", "rows"] == 4
+    assert table.loc["all", "tv"] == pytest.approx(exact, abs=0.08)  # 256 values of y
+    assert table.loc["all", "w1"] == pytest.approx(4.0, rel=1e-5)
