@@ -21,6 +21,7 @@ _POINT = (
 _PRIOR_DRAWS = 200
 _MATTERS = 0.1  # nats
 _FEWEST = 20  # draws: the law of fewer is not seen
+_WEIGHTS = 10_000  # of larger nets fewer draws are looked at: a few seconds
 _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63) = .01
 
 
@@ -109,8 +110,11 @@ def balance(posterior: "Posterior") -> Finding | None:
     latent, _ = prior_draws(posterior.model, data.inputs, sites, _PRIOR_DRAWS, seed=0)
     if set(posterior.draws) - set(latent) or not posterior.draws:
         return None  # sites of the method's own
-    ours, _ = _expected(posterior)
-    theirs, error = _expected(replace(posterior, draws=latent))
+    ours, theirs = (_likelihoods(each) for each in (posterior, replace(posterior, draws=latent)))
+    if len(theirs) < _FEWEST:
+        return None
+    error = float(theirs.std()) / math.sqrt(len(theirs))
+    ours, theirs = float(ours.mean()), float(theirs.mean())
     above, limit = posterior.elbo - theirs, -_MATTERS - 4 * error
     return Finding(
         name="ELBO above the prior's",
@@ -125,11 +129,11 @@ def balance(posterior: "Posterior") -> Finding | None:
     )
 
 
-def _expected(posterior: "Posterior") -> tuple[float, float]:
-    """E[log p(y | w)] over draws and its standard error, of as many draws as memory allows."""
-    some = thinned(posterior, None, posterior.data.rows)
-    each = some.log_likelihood().double().sum(-1).flatten()
-    return float(each.mean()), float(each.std() / math.sqrt(len(each)))
+def _likelihoods(posterior: "Posterior") -> Tensor:
+    """Log p(y | w) of as many draws as memory and time allow, (draw,)."""
+    weights = sum(v[0, 0].numel() for v in posterior.draws.values())
+    some = thinned(posterior, None, posterior.data.rows * max(1, weights // _WEIGHTS))
+    return some.log_likelihood().double().sum(-1).flatten()
 
 
 def minibatches(posterior: "Posterior") -> Finding | None:

@@ -1,5 +1,6 @@
 """Functions: what the draws make of some rows, which is the same whichever weights make it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 ROWS = 50  # of the training rows: enough to meet every region of a few inputs
 _QUANTITIES = 200  # rows x outputs: each costs a few milliseconds
-_CELLS = 10_000_000  # rows x draws that are held at once
+_CELLS = 10_000_000  # rows x draws that are held at once,
+_ALL = 1_000_000_000  # and that are gone through, where no row can be looked at alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +64,19 @@ def look(
     if sites.predicts and sites.every_row and not sites.locals:
         some = take(data.inputs, spread)
         if sites.plate is None or not some:  # rows may see each other, or the model counts them
-            whole = thinned(posterior, draws, have).predict(*data.inputs)
-            return _of(whole, spread, kept=spread)
+            some = thinned(posterior, draws, have).predict(*data.inputs)
+            read = lambda part: _of(part.predict(*data.inputs), spread, kept=spread).values
+            looked = _of(some, spread, kept=spread)
+            return replace(looked, values=_of_all(posterior, draws, have, looked.values, read))
         return _of(posterior.predict(*some, draws=draws), spread)
     if data.loader is not None or sites.row_axis is None or not sites.every_row:
         raise ModelError(
             "f cannot be looked at: the model does not run with its observations set to None, or "
             "has sites inside the data plate whose rows came from a loader."
         )
-    each = thinned(posterior, draws, have).log_likelihood()
-    return Looked("log p(y | draw)", each[..., spread].double(), spread)
+    read = lambda part: part.log_likelihood()[..., spread].double()
+    first = read(thinned(posterior, draws, have))
+    return Looked("log p(y | draw)", _of_all(posterior, draws, have, first, read), spread)
 
 
 def _of(prediction: Prediction, rows: Tensor, kept: Tensor | None = None) -> Looked:
@@ -82,10 +87,32 @@ def _of(prediction: Prediction, rows: Tensor, kept: Tensor | None = None) -> Loo
     return Looked("f", flat[..., some].double(), of[some], prediction.inputs, prediction)
 
 
-def thinned(posterior: "Posterior", draws: int | None, rows: int) -> "Posterior":
-    """With as many draws of each chain, evenly spread, as memory allows at that many rows."""
+def _of_all(
+    posterior: "Posterior",
+    draws: int | None,
+    rows: int,
+    some: Tensor,
+    read: Callable[["Posterior"], Tensor],
+) -> Tensor:
+    """What is read of draws that do not fit into memory together, (chain, draw, quantity).
+
+    Of Markov chains alone: what few of their draws say of R-hat is noise.
+    """
+    whole = thinned(posterior, draws, rows, _ALL)
+    chains, have = whole.shape
+    if "step_size" not in posterior.stats or some.shape[1] == have:
+        return some
+    step = max(1, _CELLS // (max(rows, 1) * chains))
+    cut = lambda i: {k: v[:, i : i + step] for k, v in whole.draws.items()}
+    return torch.cat([read(replace(whole, draws=cut(i))) for i in range(0, have, step)], 1)
+
+
+def thinned(
+    posterior: "Posterior", draws: int | None, rows: int, cells: int | None = None
+) -> "Posterior":
+    """With as many draws of each chain, evenly spread, as memory allows, or as many cells."""
     chains, have = posterior.shape
-    few = max(2, _CELLS // (max(rows, 1) * chains))
+    few = max(2, (cells or _CELLS) // (max(rows, 1) * chains))
     count = min(have, few, have if draws is None else draws)
     keep = torch.linspace(0, have - 1, count).round().long()
     return replace(posterior, draws={k: v[:, keep] for k, v in posterior.draws.items()})

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import bnn
-from bnn.diagnostics import Finding, Report, collapse, convergence
+from bnn.diagnostics import Finding, Report, collapse, convergence, functions
 from bnn.export import ess, psis
 from tests.exact import Regression
 
@@ -406,6 +406,25 @@ def test_the_kl_is_that_in_closed_form(regression):
     assert "ELBO above the prior's" in {each.name for each in worse.diagnose().doubtful}
 
 
+def test_a_large_net_is_weighed_against_its_prior_by_few_draws_or_none(regression, monkeypatch):
+    posterior = fit(regression.model, regression.x, regression.y, method=bnn.SVI(**QUICK))
+    rows, seen, whole = posterior.data.rows, [], bnn.Posterior.log_likelihood
+    count = lambda each, *data: seen.append(each.shape[1]) or whole(each, *data)
+    monkeypatch.setattr(bnn.Posterior, "log_likelihood", count)
+    monkeypatch.setattr(collapse, "_WEIGHTS", 2)  # as if two weights were ten thousand
+    for cells, expected in ((40, [40, 40]), (5, [5, 5])):
+        seen.clear()
+        monkeypatch.setattr(functions, "_CELLS", cells * rows)
+        found = collapse.balance(posterior)
+        assert seen == expected
+        assert (found is None) == (cells == 5)
+    seen.clear()
+    monkeypatch.setattr(collapse, "_WEIGHTS", 1)  # twice as many: half the draws
+    monkeypatch.setattr(functions, "_CELLS", 40 * rows)
+    assert collapse.balance(posterior) is not None
+    assert seen == [20, 20]
+
+
 def test_members_that_are_all_alike_are_found(regression):
     data = regression.model, regression.x, regression.y
     same = fit(*data, method=bnn.DeepEnsemble(members=4, steps=1_000)).diagnose()
@@ -526,3 +545,20 @@ def test_models_of_every_kind_are_diagnosed(tmp_path):
         posterior.save(tmp_path / "one")
         again = bnn.load(tmp_path / "one", model).diagnose()
         assert again.to_dict() == report.to_dict()
+
+
+def test_rows_that_cannot_be_looked_at_alone_keep_all_draws(monkeypatch):
+    """With little memory the same R-hat and ESS: a few of the draws would be found wanting."""
+
+    def statement(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w * x, 1.0).to_event(1), obs=y)
+
+    x = torch.linspace(-1, 1, 50)
+    posterior = fit(statement, x, x, method=bnn.NUTS(chains=4, warmup=200, draws=500))
+    before = named(posterior.diagnose())
+    monkeypatch.setattr(functions, "_CELLS", 50 * 4 * 7)
+    after = named(posterior.diagnose())
+    for name in ("R-hat of f", "bulk ESS of f", "tail ESS of f"):
+        assert after[name].value == pytest.approx(before[name].value, rel=1e-5)
+    assert before["bulk ESS of f"].value > 400
