@@ -65,13 +65,11 @@ def fit(
         CheckpointError: `checkpoint` is damaged, no folder, or in use by another fit.
 
     Warns:
-        ConvergenceWarning: the answer is doubtful, or the fit was stopped.
+        ConvergenceWarning: the fit was stopped; or what was looked at on the way makes the answer
+            doubtful: of a sampler divergences, energies, tree depth, R-hat of f at 20 rows and of
+            single numbers; of an optimiser an objective that still rose. `Posterior.diagnose` looks
+            at more.
         CheckpointWarning: a save failed (no room), and the fit goes on.
-
-    Warns:
-        ConvergenceWarning: what was looked at on the way makes the answer doubtful: of a sampler
-            divergences, energies, tree depth, R-hat of f at 20 rows and of single numbers; of an
-            optimiser an objective that still rose. `Posterior.diagnose` looks at more.
 
     Example:
         >>> import bnn, pyro, torch
