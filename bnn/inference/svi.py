@@ -19,9 +19,9 @@ At a temperature T other than 1 the objective is E_q[log p(data, z)] - T E_q[log
 all q at p(z | data)^(1/T) up to a factor: variances are T times the posterior's, exactly where that
 is Gaussian. T < 1 is a "cold posterior" (Wenzel et al. 2020), which is not the posterior.
 
-When not to use it: where the width of the posterior matters and sites are correlated. "normal"
-recovers the mean and reports sd_i = 1 / sqrt(precision_ii), too narrow by sqrt(1 - R^2) on a
-correlated Gaussian; "full_rank" costs size^2 numbers; every guide fits one mode.
+When not to use it: where widths matter and sites are correlated. "normal" finds the mean and sd_i =
+1 / sqrt(precision_ii) of a Gaussian, too narrow by sqrt(1 - R^2); "full_rank" costs size^2 numbers.
+Every guide fits one mode; of a net of few rows and many like units the prior can be a better bound.
 """
 
 import warnings
