@@ -4,7 +4,9 @@ Each function takes predictions and observations of n held-out rows and gives a 
 the predictions of new rows. If the held-out and the new rows are exchangeable, and the posterior
 has seen neither, then the rule holds a new observation with probability at least `level`, and at
 most level + 1 / (n + 1) where no scores tie; whatever the model. That is on average over rows and
-held-out sets: not for each kind of row.
+held-out sets: not for each kind of row. Of rows with several observations, (row, *), it is also on
+average over these: they may depend on one another, and n counts the rows (Lee, Barber, Willett
+2023, Distribution-free inference with hierarchical data).
 
     split   mean +- a constant, or a multiple of the predictive standard deviation
     cqr     an interval of the posterior, moved out or in by a constant
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.arrays import classified, finite, probabilities, probability, same_rows
+from bnn.arrays import classified, finite, probabilities, probability, same_rows, tensor
 from bnn.errors import ApproximationWarning, DataError
 
 
@@ -254,16 +256,21 @@ def raps(
 
 
 def _sets(probs: Any, labels: Any, rule: Sets, seed: int) -> Sets:
+    rows = len(tensor(probs, "probs"))
     probs, labels = classified(probs, labels)
-    scores = rule._scores(probs, (seed, 0)).gather(-1, labels[:, None])
+    scores = rule._scores(probs, (seed, 0)).gather(-1, labels[:, None]).reshape(rows, -1)
     return replace(rule, threshold=_quantile(scores, rule.level, stacklevel=4))
 
 
 def _quantile(scores: Tensor, level: float, stacklevel: int = 3) -> float:
-    """The ceil((n + 1) level)-th smallest of n scores: a new one is below it so often."""
-    level, count = float(probability(level)), scores.numel()
-    place = math.ceil(round((count + 1) * level, 9))  # 100 * 0.55 is 55, not a bit more
-    if place > count:
+    """The ceil((n + 1) level)-th smallest of n scores: a new one is below it so often.
+
+    Of n rows with k scores each, (row, *), the ceil(k (n + 1) level)-th of all.
+    """
+    level, count = float(probability(level)), len(scores)
+    each = scores.numel() // count
+    place = math.ceil(round(each * (count + 1) * level, 9))  # 100 * 0.55 is 55, not a bit more
+    if place > scores.numel():
         warnings.warn(
             f"{count} held-out rows cannot tell a level of {level:g}: the rule allows everything. "
             f"Hold out at least {math.ceil(round(level / (1 - level), 9))} rows, or lower level.",

@@ -186,13 +186,33 @@ def test_one_seed_one_set_and_chance_is_new_in_new_rows():
     assert held != math.ceil(201 * 0.9)  # that many of its own rows, had they the chance of the fit
 
 
+@pytest.mark.parametrize("rule", ["split", "cqr", "lac"])
+def test_observations_of_one_row_count_as_one_row(rule):
+    """Ten of each row, all alike, tell no more than one: the 11th of 11 rows, not the 10th."""
+
+    def threshold(rows, each):
+        away = torch.arange(1.0, rows + 1)[:, None].expand(rows, each)
+        if rule == "split":
+            return split(torch.zeros_like(away), away).radius
+        if rule == "cqr":
+            return cqr(-torch.ones_like(away), torch.ones_like(away), away).shift + 1
+        probs = torch.stack([1 - away / 20, away / 20], -1).double()
+        return 20 * lac(probs, torch.zeros(rows, each)).threshold
+
+    assert threshold(11, 1) == pytest.approx(11)
+    assert threshold(11, 10) == pytest.approx(11)  # of 110 scores on their own the 100th: 10
+    with pytest.warns(bnn.ApproximationWarning, match="5 held-out rows"):
+        assert threshold(5, 10) == math.inf
+
+
 def test_rows_may_have_axes():
     probs, labels = classification(torch.Generator().manual_seed(0), 60)
     rule = lac(probs.reshape(20, 3, 5), labels.reshape(20, 3))
-    assert rule == lac(probs, labels)
+    scores = 1 - probs[torch.arange(60), labels]
+    assert rule.threshold == float(scores.sort().values[57 - 1])  # of 3 * (20 + 1), 90 %
     assert torch.equal(rule(probs.reshape(20, 3, 5)).reshape(60, 5), rule(probs))
     y = torch.arange(20.0).reshape(10, 2)
-    assert split(y * 0, y) == split(y.flatten() * 0, y.flatten())
+    assert split(y * 0, y).radius == 19  # the 20th, of 2 * (10 + 1), 90 %
 
 
 Y = torch.arange(20.0)
