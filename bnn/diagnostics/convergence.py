@@ -119,7 +119,7 @@ def of_sampler(stats: Mapping[str, Tensor]) -> list[Finding]:
             )
         )
     if "energy" in stats and stats["energy"].shape[1] > 3:
-        least = float(bfmi(stats["energy"]).min())
+        least = float(bfmi(stats["energy"]).nan_to_num(0.0).min())  # NaN of one that never moved
         found.append(
             Finding(
                 name="E-BFMI",
@@ -150,6 +150,28 @@ def of_sampler(stats: Mapping[str, Tensor]) -> list[Finding]:
             )
         )
     return found
+
+
+def of_moves(posterior: "Posterior") -> list[Finding]:
+    """Chains that never moved: R-hat and ESS of a constant are not defined, and say nothing."""
+    chains, draws = posterior.shape
+    names = [k for k in posterior.sites.globals if k in posterior.draws]
+    if draws < 4 or not names:
+        return []
+    same = [(posterior.draws[k] == posterior.draws[k][:, :1]).flatten(1).all(1) for k in names]
+    count = int(torch.stack(same).all(0).sum())
+    if not count:
+        return []
+    return [
+        Finding(
+            name="chains that never moved",
+            value=count,
+            threshold=0,
+            doubtful=True,
+            meaning=f"All draws are the same in {count} of {chains} chains: no step was taken.",
+            advice="Raise warmup, rescale the data, or lower the learning rate or step size.",
+        )
+    ]
 
 
 def of_rhat(what: str, value: float, chains: int, where: str = "") -> Finding:
@@ -249,7 +271,7 @@ def of_chains(posterior: "Posterior", looked: Looked | None) -> list[Finding]:
     """R-hat and ESS of f, of the identified numbers, of weights."""
     from bnn.export import ess
 
-    found, agreed = [], True
+    found, agreed = of_moves(posterior), True
     chains, draws = posterior.shape
     if draws < 4:
         return []
@@ -307,5 +329,5 @@ def at_fit(posterior: "Posterior") -> list[Finding]:
         value = float(rhat(values[..., None]))
         if value > worst:
             worst, what, where = value, name, ""
-    found = of_sampler(posterior.stats)
+    found = [*of_sampler(posterior.stats), *of_moves(posterior)]
     return [*found, of_rhat(what, worst, chains, where)] if what else found

@@ -562,3 +562,18 @@ def test_rows_that_cannot_be_looked_at_alone_keep_all_draws(monkeypatch):
     for name in ("R-hat of f", "bulk ESS of f", "tail ESS of f"):
         assert after[name].value == pytest.approx(before[name].value, rel=1e-5)
     assert before["bulk ESS of f"].value > 400
+
+
+@pytest.mark.parametrize("stuck", [1, 2])
+def test_chains_that_never_moved_are_told(regression, stuck):
+    method = bnn.NUTS(chains=2, warmup=50, draws=50)
+    posterior = fit(regression.model, regression.x, regression.y, method=method)
+    assert not convergence.of_moves(posterior)
+    still = lambda v: torch.cat([v[:1, :1].expand_as(v[:stuck]), v[stuck:]])
+    halted = replace(posterior, draws={k: still(v) for k, v in posterior.draws.items()})
+    halted = replace(halted, stats=posterior.stats | {"energy": still(posterior.stats["energy"])})
+    for found in (convergence.at_fit(halted), halted.diagnose().findings):
+        told = {each.name: each for each in found}
+        assert told["chains that never moved"].value == stuck
+        assert told["chains that never moved"].doubtful
+        assert told["E-BFMI"].doubtful
