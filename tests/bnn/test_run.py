@@ -64,6 +64,9 @@ FITS = {
     "sghmc": (bnn.SGHMC(chains=2, warmup=40, steps=60, draws=10, batch_size=5), (X, Y)),
     "sgld": (bnn.SGLD(chains=1, warmup=40, steps=60, draws=10, cycles=2), (X, Y)),
     "swag": (bnn.SWAG(steps=60, collection=60, every=2, rank=4, draws=5), (X, Y)),
+    "multiswag": (bnn.SWAG(steps=60, collection=60, every=2, rank=4, draws=5, restarts=2), (X, Y)),
+    "laplaces": (bnn.Laplace(steps=80, draws=10, restarts=2), (X, Y)),
+    "priors": (bnn.RandomizedPriors(members=3, steps=60), (X, Y)),
     "dropout": (bnn.MCDropout(rate=0.2, steps=60, draws=5), (X, Y)),
 }
 
