@@ -24,6 +24,7 @@ from torch import Tensor
 from bnn.errors import CheckpointError
 
 _HEADER, _MANIFEST = 2**23, 2**21  # bytes: names and settings are short, and JSON unfolds
+_ATTEMPTS = 100  # to read a file that others replace
 _DEPTH = 40  # of nested lists and dictionaries in a tree
 
 Tree = Any
@@ -108,15 +109,22 @@ def _opened(path: Path, *, whole: bool) -> tuple[str, str, dict[str, Tensor]]:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     try:
-        with open(path, "rb") as start:
-            size, header = os.fstat(start.fileno()).st_size, int.from_bytes(start.read(8), "little")
-        if not 2 <= header <= min(_HEADER, size - 8):
-            raise ValueError(f"its header would have {header} bytes of the file's {size}")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # copies: a view of the file would change, or crash, with the file
-            names = file.keys() if whole else ()
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+        for _ in range(_ATTEMPTS):
+            with open(path, "rb") as start:
+                here, header = os.fstat(start.fileno()), int.from_bytes(start.read(8), "little")
+                if not 2 <= header <= min(_HEADER, here.st_size - 8):
+                    raise ValueError(
+                        f"its header would have {header} bytes of the file's {here.st_size}"
+                    )
+                with safe_open(path, framework="pt") as file:  # opens it twice, by its name
+                    metadata = file.metadata() or {}
+                    # copies: a view of the file would change, or crash, with the file
+                    names = file.keys() if whole else ()
+                    tensors = {name: file.get_tensor(name).clone() for name in names}
+                if os.path.samestat(here, os.stat(path)):  # held open, it is no other file's yet
+                    break
+        else:
+            raise OSError(f"it was replaced {_ATTEMPTS} times while it was read")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file, or is damaged: {error}."
