@@ -197,10 +197,10 @@ def test_a_missing_compiler_is_said_once_and_the_fit_is_right(regression, hasty,
     method = bnn.SVI(steps=200, draws=20, schedule="constant")
     with pytest.warns(bnn.PerformanceWarning, match="no C\\+\\+ compiler found") as caught:
         slow = bnn.fit(regression.model, regression.x, regression.y, method=method)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
+    (told,) = [each for each in caught if each.category is bnn.PerformanceWarning]
+    assert told.filename == __file__
     monkeypatch.setattr(_step, "_FEW", 10**9)
-    plainly = bnn.fit(regression.model, regression.x, regression.y, method=method)
+    plainly = _quietly(regression.model, regression.x, regression.y, method=method)
     assert torch.equal(slow.draws["w"], plainly.draws["w"])
     assert torch.equal(slow.history, plainly.history)
 
