@@ -98,6 +98,14 @@ def same(first, second):
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def listening():
+    """Ctrl-C as in a terminal: a job in the background starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def stop(monkeypatch):
     """Ctrl-C before step number `at` of a fit's loops, counted from the call on."""
