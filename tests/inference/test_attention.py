@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributions as td
 
-from bnn.inference._attention import FLOOR, LAWS, Rule, _digamma, weibull_gamma
+from bnn.inference._attention import Rule
+from bnn.inference._attention_laws import FLOOR, LAWS, _digamma, weibull_gamma
 
 NAMES = sorted(LAWS)
 

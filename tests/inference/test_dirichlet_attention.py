@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnn
 from bnn.handlers import AtMeans
-from bnn.inference._attention import Attended, Attending, Law, Rule, told
+from bnn.inference._attention import Attended, Attending, Rule, told
+from bnn.inference._attention_laws import Law
 from bnn.models import priors, transformer_classification, transformer_tagging
 
 LOOKS, KEYS, COPIES = 30, 4, 100
