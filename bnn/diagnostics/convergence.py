@@ -34,6 +34,8 @@ def rhat_limit(chains: int) -> float:
 def rhat(x: Tensor) -> Tensor:
     """Rank-normalised split R-hat, the larger of bulk and folded; NaN of what does not vary.
 
+    ArviZ's number, to 1e-9: every fit asks for it, and ArviZ takes seconds to import.
+
     Args:
         x: (chain, draw, quantity).
 
