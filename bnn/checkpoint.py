@@ -40,7 +40,7 @@ def write(posterior: "Posterior", path: "str | os.PathLike[str]") -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    once = lambda v: v[:, :1] if _is_repeated(v) else v
+    once = lambda v: v[:, :1] if is_repeated(v) else v
     tensors = {f"draws/{k}": once(v) for k, v in posterior.draws.items()}
     tensors |= {f"params/{k}": v for k, v in posterior.params.items()}
     tensors |= {f"stats/{k}": v for k, v in posterior.stats.items()}
@@ -311,7 +311,7 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
         "columns": posterior.data.columns,
         "rows": posterior.data.rows,
         "count": list(posterior.shape),
-        "repeated": posterior.shape[1] if any(map(_is_repeated, posterior.draws.values())) else 1,
+        "repeated": posterior.shape[1] if any(map(is_repeated, posterior.draws.values())) else 1,
         "elbo": _plain(posterior.elbo),
         "log_evidence": _plain(posterior.log_evidence),
         "seed": _plain(posterior.seed),
@@ -320,7 +320,7 @@ def _manifest(posterior: "Posterior") -> dict[str, Any]:
     }
 
 
-def _is_repeated(draws: Tensor) -> bool:
+def is_repeated(draws: Tensor) -> bool:
     """True if one draw stands for all of a chain without taking memory: a mode, repeated."""
     return draws.shape[1] > 1 and draws.stride(1) == 0
 

@@ -4,6 +4,7 @@ import math
 import os
 import time
 import warnings
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from bnn import arguments, contract, diagnostics
 from bnn.checkpoint import files_of_fit, read_finished, write
 from bnn.data import Data
 from bnn.errors import ConvergenceWarning, outside
-from bnn.handlers import quiet_pyro, seeded, threads
 from bnn.method import METHODS, Method, Model
+from bnn.parts import Part, compute, divide
 from bnn.posterior import Posterior
 from bnn.run import Checkpoint, Folder, Interrupted, Run
 from bnn.sites import Sites
@@ -29,6 +30,7 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | Checkpoint | None" = None,
+    executor: Executor | None = None,
 ) -> Posterior:
     """Approximates the posterior of a Pyro model.
 
@@ -49,6 +51,9 @@ def fit(
             at the end of each phase; `Checkpoint` sets the interval. The same call goes on where a
             fit stopped, however it did, to the same draws bit for bit; of a finished fit it returns
             the posterior at once. `bnn.load(folder, model)` gives what there is meanwhile.
+        executor: computes the parts of a method that has some, `NUTS(chains=8, parts=4)`: a
+            `ProcessPoolExecutor`, dask's `client.get_executor()`, any of `concurrent.futures`.
+            What it gives is bit for bit what the same call gives without it.
 
     Ctrl-C ends the loop that the fit is in after its present step, and gives the posterior that can
     be made of what there is, with `complete=False` and a warning; so does SIGTERM where there is a
@@ -60,8 +65,9 @@ def fit(
     Raises:
         ModelError: the model cannot be fitted as it is written, or not by this method.
         DataError: the data do not fit the model.
-        FitError: the objective stayed non-finite.
+        FitError: the objective stayed non-finite; or a worker of the executor ended.
         ResumeMismatch: `checkpoint` holds a fit of another model, data, settings, seed or dtype.
+        ValueError: `executor`, and the method is one part.
         CheckpointError: `checkpoint` is damaged, no folder, or in use by another fit.
 
     Warns:
@@ -94,7 +100,7 @@ def fit(
     read = arguments.read(model, data)
     read, sites = contract.check(model, read, adds_sites=method.adds_sites)
     if checkpoint is None:
-        posterior = approximate(model, read, sites, method, seed, progress, Run())
+        posterior = approximate(model, read, sites, method, seed, progress, Run(), executor)
         return replace(posterior, seconds=time.perf_counter() - start)
     where = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     with Folder(Path(where.folder)) as folder:
@@ -102,34 +108,52 @@ def fit(
         if folder.posterior.exists():
             return read_finished(folder.posterior, model, read, method)
         run = Run(folder.path, where.every)
-        posterior = approximate(model, read, sites, method, seed, progress, run)
+        posterior = approximate(model, read, sites, method, seed, progress, run, executor)
         if posterior.complete and run.finish(lambda path: write(posterior, path)):
             folder.clear()
     return posterior
 
 
 def approximate(
-    model: Model, data: Data, sites: Sites, method: Method, seed: int, progress: bool, run: Run
+    model: Model,
+    data: Data,
+    sites: Sites,
+    method: Method,
+    seed: int,
+    progress: bool,
+    run: Run,
+    executor: Executor | None = None,
 ) -> Posterior:
     """Lets the method work, as a run.
 
     Raises:
         Interrupted: the run was stopped with nothing to make a posterior of.
     """
-    root, dtype = seed_sequence(seed), torch.get_default_dtype()
     weights = sum(math.prod(site.shape) for site in sites.latent.values())
     work = len(data.observations) * weights * method.abreast
+    whole = Part(
+        *(model, data, sites, method, seed_sequence(seed), torch.get_default_dtype(), work),
+        folder=run.folder,
+        every=run.every,
+    )
+    pieces = divide(whole)
+    if executor is not None and len(pieces) == 1:
+        raise ValueError(_one_part(method))
+    start = time.perf_counter()
     try:
-        with run.under_way(), quiet_pyro(), seeded(root), threads(work):
-            posterior = method.fit(model, data, sites, seed=root, progress=progress)
-            if not run.frozen:
-                diagnostics.warn(diagnostics.convergence.at_fit(posterior))
+        if len(pieces) == 1:
+            posterior = whole.compute(run, progress)
+            seconds = posterior.seconds
+        else:
+            made = compute(pieces, run, progress, executor)
+            posterior = replace(method.join(made), method=method)
+            seconds = time.perf_counter() - start
     except Interrupted as error:
         if run.stopped == "SIGTERM":
             raise SystemExit(143) from error  # what a shell calls an end by this signal
         raise
-    finally:
-        torch.set_default_dtype(dtype)
+    if not run.frozen:
+        diagnostics.warn(diagnostics.convergence.at_fit(posterior))
     if run.cut and not run.frozen:
         again = "" if run.folder is None else " Call the same fit again to go on."
         warnings.warn(
@@ -138,7 +162,17 @@ def approximate(
             ConvergenceWarning,
             stacklevel=outside(),
         )
-    return replace(posterior, seed=seed, seconds=run.elapsed(), complete=not run.cut)
+    return replace(posterior, seed=seed, seconds=seconds, complete=not run.cut)
+
+
+def _one_part(method: Method) -> str:
+    if not method.runs:
+        return f"{method!r} is one piece of work, which no executor divides. Leave executor out."
+    count = getattr(method, method.runs)
+    return (
+        f"{method!r} is one piece of work: its {method.runs} are computed side by side, in one "
+        f"call. For an executor divide it, for example with parts={min(count, 4)}."
+    )
 
 
 def seed_sequence(seed: Any) -> np.random.SeedSequence:

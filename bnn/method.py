@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Model = Callable[..., Any]
 Tensors = dict[str, Tensor]
+
+RUNS = ("chains", "members", "restarts")
+"""Settings that count independent runs. A method with `parts: int = 1` too divides them."""
 
 METHODS: dict[str, type["Method"]] = {}
 """Every concrete method by its class name: what `bnn.load` looks a name up in."""
@@ -66,6 +69,26 @@ class Method(ABC):
             progress: whether to show a bar.
         """
 
+    @property
+    def runs(self) -> str:
+        """The setting that counts independent runs, of a method that has `parts`; else ""."""
+        return next((name for name in RUNS if hasattr(self, name) and hasattr(self, "parts")), "")
+
+    def divided(self) -> "list[Method]":
+        """The settings of each of its parts: itself, unless it is told to have more than one."""
+        parts = getattr(self, "parts", 1)
+        if parts == 1:
+            return [self]
+        each, more = divmod(getattr(self, self.runs), parts)
+        counts = [each + (part < more) for part in range(parts)]
+        return [replace(self, **{"parts": 1, self.runs: count}) for count in counts]
+
+    def join(self, parts: "Sequence[Posterior]") -> "Posterior":
+        """One posterior of those of its parts. Default: their runs are chains."""
+        from bnn.parts import joined
+
+        return joined(parts)
+
     def program(self, model: Model, params: Tensors) -> Model:
         """The callable that, run at one draw, samples the observations. Default: the model."""
         return model
@@ -87,6 +110,20 @@ def check_count(method: str, **counts: Any) -> None:
             raise TypeError(f"{method}({name}={value!r}): {name} is a whole number, for example 4.")
         if value < 1:
             raise ValueError(f"{method}({name}={value!r}): {name} is at least 1.")
+
+
+def check_parts(method: Method) -> None:
+    """Refuses more parts than there are runs to divide.
+
+    Raises:
+        TypeError: `parts` is not a whole number.
+        ValueError: it is below 1, or above the number of runs.
+    """
+    name, parts, count = type(method).__name__, method.parts, getattr(method, method.runs)  # type: ignore[attr-defined]
+    check_count(name, parts=parts)
+    if parts > count:
+        told = f"{name}({method.runs}={count}, parts={parts})"
+        raise ValueError(f"{told}: each part has at least one of them.")
 
 
 def check_positive(method: str, **values: Any) -> None:

@@ -10,12 +10,14 @@ back to the state that it was left in: to its end, or on its way. No method know
     folder/state-0.safetensors       the phase on its way: this one and the one before, in turn
     folder/draws-1-00000.safetensors draws of a phase, as they came; each is written once
     folder/posterior.safetensors     the end; all but this and the first then go
+    folder/part-000/                 of a fit in parts, the run of each: see `bnn.parts`
     folder/lock                      held while a fit writes here, and let go however it ends
 """
 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -36,6 +38,7 @@ from bnn.handlers import generators, set_generators
 _SCHEMA = 1
 FIT, POSTERIOR, _LOCK = "fit.safetensors", "posterior.safetensors", "lock"
 _OURS = re.compile(r"\.?(phase-\d+|state-[01]|draws-\d+-\d+|fit|posterior)\.safetensors(\..*)?")
+_PART = re.compile(r"part-\d+")
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -489,7 +492,9 @@ class Folder:
     def clear(self) -> None:
         """Removes what a finished run needs no more."""
         for each in self.path.iterdir():
-            if _OURS.fullmatch(each.name) and each.name not in (FIT, POSTERIOR):
+            if _PART.fullmatch(each.name) and each.is_dir() and not each.is_symlink():
+                shutil.rmtree(each, ignore_errors=True)
+            elif _OURS.fullmatch(each.name) and each.name not in (FIT, POSTERIOR):
                 each.unlink(missing_ok=True)
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, sqrt
 from sys import stderr
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from bnn.errors import ConvergenceWarning, DataError, FitError, ModelError, outs
 from bnn.handlers import At, Capture, Score, branch, over_draws, quiet_pyro, seeded, threads
 from bnn.journal import Journal
 from bnn.method import Method, Model, Tensors, check_count
+from bnn.parts import ALONE
 from bnn.posterior import Posterior
 from bnn.prediction import predict
 from bnn.sites import Sites, require_every_row
@@ -49,7 +49,6 @@ RELATED = 0.2  # correlation of neighbouring draws from which ranks of a right m
 _SBC = 11  # branch of the seed tree
 _INPUTS, _TRUTH, _FIT, _TIES, _NOISE = range(5)  # within a replicate
 _FEW = 3  # rows at which f is ranked, unless `at` says which
-_FIT_ALONE = Lock()  # Pyro's and torch's state is the process's: threads take turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +296,7 @@ class _Job:
     def __call__(self, replicate: int) -> dict[str, Any]:
         """One replicate, as JSON takes it."""
         before = torch.get_default_dtype()
-        with _FIT_ALONE, threads(0), warnings.catch_warnings(record=True) as caught:
+        with ALONE, threads(0), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.set_default_dtype(self.dtype)
             try:

@@ -147,6 +147,26 @@ def require_minibatches(sites: Sites, method: str) -> None:
         )
 
 
+def require_one_value(sites: Sites, method: str, **runs: int) -> None:
+    """Refuses trainable tensors without a prior where several runs would each have their own.
+
+    Args:
+        sites: of the model.
+        method: name of the method.
+        **runs: how many, by the name of the setting.
+
+    Raises:
+        ModelError: there are some, and more than one run.
+    """
+    ((name, count),) = runs.items()
+    if sites.params and count > 1:
+        raise ModelError(
+            f"{method}({name}={count}) gives each of its {name} its own values, and the trainable "
+            f"tensors without a prior ({', '.join(sites.params[:3])}) have one value only. "
+            f"Use {name}=1, or give them a prior."
+        )
+
+
 def require_no_parameters(sites: Sites, method: str) -> None:
     """Refuses trainable tensors without a prior, for the methods that cannot optimise them.
 

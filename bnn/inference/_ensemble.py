@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from bnn.inference._energy import Energy
 from bnn.inference._members import Members
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._snapshots import Snapshots
-from bnn.method import check_count
+from bnn.method import check_count, check_parts
+from bnn.parts import joined
 from bnn.posterior import Posterior
 from bnn.sites import require_continuous, require_minibatches
 
@@ -35,11 +36,13 @@ class Ensemble(Optimised):
             "exponential", by an exponential number of mean 1 (the Bayesian bootstrap); "resample",
             as often as in a sample of all rows with replacement.
         snapshots: copies of all members on their way, evenly spaced: see `Posterior.frames`.
+        parts: fits that the members are divided into, for `fit(executor=)`.
     """
 
     members: int = 5
     bootstrap: str | None = None
     snapshots: int = 0
+    parts: int = 1
 
     @property
     def abreast(self) -> int:
@@ -52,11 +55,21 @@ class Ensemble(Optimised):
         check_count(name, members=self.members)
         if self.snapshots != 0:
             check_count(name, snapshots=self.snapshots)
+        check_parts(self)
+        if self.parts > 1 and self.snapshots:
+            told = f"{name}(snapshots={self.snapshots}, parts={self.parts})"
+            raise ValueError(f"{told}: parts are trained apart, and no copy is of all members.")
         if self.bootstrap is not None and self.bootstrap not in BOOTSTRAPS:
             raise ValueError(
                 f"{name}(bootstrap={self.bootstrap!r}): known are None, "
                 f"{', '.join(map(repr, BOOTSTRAPS))}."
             )
+
+    def join(self, parts: Sequence[Posterior]) -> Posterior:
+        """See `Method.join`: members are draws of one chain, and the history is their mean."""
+        each = [part.history for part in parts for _ in range(part.shape[1])]
+        histories = [history for history in each if history is not None]
+        return replace(joined(parts, axis=1), history=_mean(histories))
 
     def findings(self, posterior: Posterior) -> list[Finding]:
         """See `Method.findings`."""

@@ -31,7 +31,7 @@ from bnn.inference._optimise import Ascent, maximise
 from bnn.inference._progress import bar
 from bnn.inference._step import Rule, Step, over
 from bnn.inference._stiffness import Stiffness
-from bnn.method import Method, Model, check_count, check_positive
+from bnn.method import Method, Model, check_count, check_parts, check_positive
 from bnn.posterior import Posterior
 from bnn.run import Phase
 from bnn.sites import Sites, require_continuous, require_minibatches, require_no_parameters
@@ -57,11 +57,13 @@ class Diffusion(Method):
     step_size: float | None = None
     cycles: int | None = None
     preconditioned: bool = True
+    parts: int = 1
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_count(name, chains=self.chains, draws=self.draws, steps=self.steps)
         check_count(name, warmup=self.warmup)
+        check_parts(self)
         if self.batch_size is not None:
             check_count(name, batch_size=self.batch_size)
         if self.step_size is not None:

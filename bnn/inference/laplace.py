@@ -34,9 +34,9 @@ from bnn.inference._mode import drawn, polish
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._precision import Precision
 from bnn.inference._whitened import check_held
-from bnn.method import Model, Tensors, check_count, check_positive
+from bnn.method import Model, Tensors, check_count, check_parts, check_positive
 from bnn.posterior import Posterior
-from bnn.sites import Sites, require_continuous, require_minibatches
+from bnn.sites import Sites, require_continuous, require_minibatches, require_one_value
 
 TUNED = "tuned."  # of tuned values among a posterior's parameters
 _WORDS = {
@@ -66,6 +66,7 @@ class Laplace(Optimised):
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
         memory: gigabytes that the curvature may take.
+        parts: fits that the restarts are divided into, for `fit(executor=)`.
 
     `Posterior.log_evidence` is the largest of the restarts, given the tuned values where there are
     some; None where sites are held at the mode: of the others alone it is no evidence.
@@ -89,11 +90,13 @@ class Laplace(Optimised):
     restarts: int = 1
     draws: int = 1_000
     memory: float = 4.0
+    parts: int = 1
     goes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("Laplace", restarts=self.restarts, draws=self.draws)
+        check_parts(self)
         check_positive("Laplace", memory=self.memory)
         for name, known in _WORDS.items():
             value, named = getattr(self, name), name in ("sites", "tune")
@@ -191,10 +194,6 @@ class Laplace(Optimised):
             )
         if data.loader is not None or self.batch_size is not None:
             require_minibatches(sites, "Laplace")
-        if sites.params and self.restarts > 1:
-            raise ModelError(
-                f"Laplace(restarts={self.restarts}) gives every restart a mode of its own, and "
-                f"{', '.join(sites.params[:3])}, without a prior, one value. Use restarts=1."
-            )
+        require_one_value(sites, "Laplace", restarts=self.restarts)
         if self.predictive == "linearized":
             require_f(model, data, sites)

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from bnn.data import Data
-from bnn.errors import ModelError
 from bnn.handlers import branch, constrained_parameters, parameters, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
 from bnn.inference._optimise import Optimised, maximise
-from bnn.method import Model, check_count
+from bnn.method import Model, check_count, check_parts
 from bnn.posterior import Posterior
-from bnn.sites import Sites, require_continuous, require_minibatches
+from bnn.sites import Sites, require_continuous, require_minibatches, require_one_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,7 @@ class MAP(Optimised):
     Attributes:
         restarts: starting points, each a chain of its own.
         draws: how often each mode is repeated, so that predictions carry noise (no memory is used).
+        parts: fits that the restarts are divided into, for `fit(executor=)`.
 
     References:
         Murphy (2022), Probabilistic machine learning: an introduction, section 4.5.
@@ -44,10 +44,12 @@ class MAP(Optimised):
 
     restarts: int = 1
     draws: int = 1_000
+    parts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("MAP", restarts=self.restarts, draws=self.draws)
+        check_parts(self)
 
     def fit(
         self,
@@ -60,12 +62,7 @@ class MAP(Optimised):
     ) -> Posterior:
         """See `Method.fit`."""
         require_continuous(sites, "MAP")
-        if sites.params and self.restarts > 1:
-            raise ModelError(
-                f"MAP(restarts={self.restarts}) gives every restart its own draw, and the "
-                f"trainable tensors without a prior ({', '.join(sites.params[:3])}) have one value "
-                "only. Use restarts=1, or give them a prior."
-            )
+        require_one_value(sites, "MAP", restarts=self.restarts)
         minibatch = data.loader is not None or sites.subsampled or self.batch_size is not None
         if minibatch:
             require_minibatches(sites, "MAP")

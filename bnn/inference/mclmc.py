@@ -41,7 +41,7 @@ from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
 from bnn.inference._progress import bar
-from bnn.method import Method, Model, check_count, check_positive
+from bnn.method import Method, Model, check_count, check_parts, check_positive
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_all_rows, require_continuous, require_no_parameters
 
@@ -65,6 +65,7 @@ class MCLMC(Method):
         target_accept: acceptance rate that the step size aims at, in (0, 1).
         energy_variance: without Metropolis, variance of the energy error of a step per coordinate
             that the step size aims at.
+        parts: fits that the chains are divided into, for `fit(executor=)`; each learns by itself.
 
     References:
         Robnik, Cohn-Gordon, Seljak (2025), Metropolis adjusted microcanonical Hamiltonian Monte
@@ -85,9 +86,11 @@ class MCLMC(Method):
     adjusted: bool = True
     target_accept: float = 0.9
     energy_variance: float = 5e-4
+    parts: int = 1
 
     def __post_init__(self) -> None:
         check_count("MCLMC", chains=self.chains, draws=self.draws, warmup=self.warmup)
+        check_parts(self)
         check_positive("MCLMC", energy_variance=self.energy_variance)
         if not isinstance(self.adjusted, bool):
             raise TypeError(f"MCLMC(adjusted={self.adjusted!r}): adjusted is True or False.")

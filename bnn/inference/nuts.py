@@ -24,7 +24,7 @@ from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
 from bnn.inference._progress import bar
-from bnn.method import Method, Model, check_count
+from bnn.method import Method, Model, check_count, check_parts
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_all_rows, require_continuous, require_no_parameters
 
@@ -56,6 +56,7 @@ class NUTS(Method):
         max_tree_depth: a trajectory has at most 2^max_tree_depth - 1 steps.
         mass_matrix: "diagonal" learns a scale for each coordinate, "low_rank" also the few
             directions along which it differs most from that, "dense" the whole covariance.
+        parts: fits that the chains are divided into, for `fit(executor=)`; each learns by itself.
 
     References:
         Hoffman, Gelman (2014), The no-U-turn sampler. Betancourt (2017), A conceptual introduction
@@ -72,6 +73,7 @@ class NUTS(Method):
     target_accept: float = 0.8
     max_tree_depth: int = 10
     mass_matrix: str = "diagonal"
+    parts: int = 1
 
     def __post_init__(self) -> None:
         check_count(
@@ -81,6 +83,7 @@ class NUTS(Method):
             warmup=self.warmup,
             max_tree_depth=self.max_tree_depth,
         )
+        check_parts(self)
         if not 0 < self.target_accept < 1:
             raise ValueError(f"NUTS(target_accept={self.target_accept!r}): a rate in (0, 1).")
         if self.mass_matrix not in MASS_MATRICES:

@@ -54,6 +54,7 @@ class SGHMC(Diffusion):
             draws come from the second half of each fall; long steps move between modes.
         preconditioned: scales are measured in warmup, from the curvature and the noise of the
             gradient; False leaves them at 1, and step_size must be given.
+        parts: fits that the chains are divided into, for `fit(executor=)`.
 
     References:
         Chen, Fox, Guestrin (2014), Stochastic gradient Hamiltonian Monte Carlo. Springenberg,

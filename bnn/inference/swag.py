@@ -34,9 +34,9 @@ from bnn.inference._energy import Energy
 from bnn.inference._members import Members
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._sgd import collect, drawn
-from bnn.method import Model, check_count, check_positive
+from bnn.method import Model, check_count, check_parts, check_positive
 from bnn.posterior import Posterior
-from bnn.sites import Sites, require_continuous, require_minibatches
+from bnn.sites import Sites, require_continuous, require_minibatches, require_one_value
 
 _SETTLING = 0.2  # of the collection: steps before the first iterate
 _LARGEST = 128  # rows in a minibatch that is chosen here
@@ -60,6 +60,7 @@ class SWAG(Optimised):
         collection_rate: SGD's learning rate on the mean log joint of a row, held; None chooses the
             one above, for each restart.
         momentum: SGD's, in [0, 1).
+        parts: fits that the restarts are divided into, for `fit(executor=)`.
         batch_size: rows in a minibatch. None: all in the ascent, then a tenth, at most 128.
 
     References:
@@ -81,10 +82,12 @@ class SWAG(Optimised):
     every: int = 10
     collection_rate: float | None = None
     momentum: float = 0.9
+    parts: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("SWAG", restarts=self.restarts, draws=self.draws, rank=self.rank)
+        check_parts(self)
         check_count("SWAG", collection=self.collection, every=self.every)
         if self.collection_rate is not None:
             check_positive("SWAG", collection_rate=self.collection_rate)
@@ -118,12 +121,7 @@ class SWAG(Optimised):
         """See `Method.fit`."""
         require_continuous(sites, "SWAG")
         require_minibatches(sites, "SWAG")
-        if sites.params and self.restarts > 1:
-            raise ModelError(
-                f"SWAG(restarts={self.restarts}) gives every restart its own cloud, and the "
-                f"trainable tensors without a prior ({', '.join(sites.params[:3])}) have one value "
-                "only. Use restarts=1, or give them a prior."
-            )
+        require_one_value(sites, "SWAG", restarts=self.restarts)
         size = self.batch_size or min(-(-data.rows // 10), _LARGEST)
         if data.loader is not None and not getattr(data.loader.sampler, "replacement", False):
             raise DataError(

@@ -67,6 +67,8 @@ FITS = {
     "multiswag": (bnn.SWAG(steps=60, collection=60, every=2, rank=4, draws=5, restarts=2), (X, Y)),
     "laplaces": (bnn.Laplace(steps=80, draws=10, restarts=2), (X, Y)),
     "priors": (bnn.RandomizedPriors(members=3, steps=60), (X, Y)),
+    "nuts_parts": (bnn.NUTS(chains=3, warmup=25, draws=15, parts=2), (X, Y)),
+    "ensemble_parts": (bnn.DeepEnsemble(members=3, steps=80, batch_size=5, parts=2), (X, Y)),
     "dropout": (bnn.MCDropout(rate=0.2, steps=60, draws=5), (X, Y)),
 }
 
@@ -128,7 +130,7 @@ def stop(monkeypatch):
 # ------------------------------------------------------------------ stopped, and gone on with
 
 
-QUICK = ("svi", "ensemble", "nuts", "mclmc", "sghmc", "swag")
+QUICK = ("svi", "ensemble", "nuts", "ensemble_parts", "mclmc", "sghmc", "swag")
 
 
 @pytest.mark.parametrize(

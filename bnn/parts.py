@@ -1,0 +1,269 @@
+"""Parts: a fit whose independent runs are divided, so that they can be computed side by side.
+
+A method that counts runs (chains, members, restarts) can be told to fit them in `parts`. Each is a
+fit of its own, with seeds and adaptation of its own, on one thread. What it gives depends on the
+settings and the seed alone: an executor, whichever it is, gives the bits that none gives.
+
+    folder/part-000/    the run of a part, where there is a checkpoint; the end clears it away
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from sys import stderr
+from threading import RLock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bnn.checkpoint import is_repeated
+from bnn.data import Data
+from bnn.errors import FitError, ModelError, outside
+from bnn.handlers import branch, quiet_pyro, seeded, threads
+from bnn.method import Method, Model
+from bnn.posterior import Posterior
+from bnn.run import Folder, Interrupted, Run
+from bnn.sites import Sites, require_one_value
+
+ALONE = RLock()
+"""Held by a fit: Pyro's and torch's state is the process's, and threads take turns."""
+
+_PARTS = 2**31  # branches of the seed tree from here on, apart from those within a fit
+_DEAD = ("KilledWorker", "CommClosedError", "TerminatedWorkerError")  # dask's and loky's
+_POLL = 0.5  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A fit of some of the runs, or of all: what is sent to a worker.
+
+    Attributes:
+        name: which runs, for messages.
+        work: multiplications in one call of the model, which choose the threads.
+        folder: where it is kept, or None; and how often, `every` seconds.
+    """
+
+    model: Model
+    data: Data
+    sites: Sites
+    method: Method
+    seed: np.random.SeedSequence
+    dtype: torch.dtype
+    work: int
+    name: str = ""
+    folder: Path | None = None
+    every: float = 60.0
+
+    def compute(self, run: Run, progress: bool) -> Posterior:
+        """The posterior, computed here."""
+        before = torch.get_default_dtype()
+        with ALONE, run.under_way(), quiet_pyro(), seeded(self.seed), threads(self.work):
+            torch.set_default_dtype(self.dtype)
+            try:
+                posterior = self.method.fit(
+                    self.model, self.data, self.sites, seed=self.seed, progress=progress
+                )
+            except Exception as error:
+                if self.name:
+                    error.add_note(f"in {self.name} of {type(self.method).__name__}")
+                raise
+            finally:
+                torch.set_default_dtype(before)
+        return replace(posterior, complete=not run.cut, seconds=run.elapsed())
+
+    def kept(self, run: Run, progress: bool) -> Posterior:
+        """The same, in a folder of its own where the run of the whole has one."""
+        if self.folder is None or run.frozen:
+            return self.compute(run, progress)
+        with Folder(self.folder):
+            return self.compute(run, progress)
+
+    def __call__(self) -> "_Sent":
+        """In a worker: what comes back, and what was warned of."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            posterior = self.kept(Run(self.folder, self.every), False)
+        given = {k: v for k, v in vars(posterior).items() if k not in _KNOWN}
+        return _Sent(given, [(w.category, str(w.message)) for w in caught])
+
+
+_KNOWN = ("model", "method", "data", "sites")
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a worker sends back: the fields of a posterior but those that are known here."""
+
+    given: Mapping[str, Any]
+    warned: Sequence[tuple[type[Warning], str]]
+
+    def of(self, part: Part) -> Posterior:
+        for category, message in self.warned:
+            warnings.warn(f"{part.name}: {message}", category, stacklevel=outside())
+        return Posterior(**{name: getattr(part, name) for name in _KNOWN}, **self.given)
+
+
+def divide(whole: Part) -> list[Part]:
+    """The parts of a fit; itself where its method has no more than one.
+
+    Raises:
+        ModelError: the model has trainable tensors without a prior, which have one value for all.
+    """
+    methods = whole.method.divided()
+    if len(methods) == 1:
+        return [whole]
+    require_one_value(whole.sites, type(whole.method).__name__, parts=len(methods))
+    runs, parts, begin = whole.method.runs, [], 0
+    for i, method in enumerate(methods):
+        end = begin + getattr(method, runs)
+        told = f"{runs[:-1]} {begin}" if end == begin + 1 else f"{runs} {begin} to {end - 1}"
+        parts.append(
+            replace(
+                whole,
+                method=method,
+                seed=branch(whole.seed, _PARTS + i),
+                work=0,
+                name=told,
+                folder=None if whole.folder is None else whole.folder / f"part-{i:03d}",
+            )
+        )
+        begin = end
+    return parts
+
+
+def compute(
+    parts: Sequence[Part], run: Run, progress: bool, executor: Executor | None
+) -> list[Posterior]:
+    """The posteriors of the parts; of a run that is stopped, of those of which there is one.
+
+    Raises:
+        FitError: a worker ended before its part did.
+        ModelError: the model cannot be sent to a worker.
+        Interrupted: the run was stopped with nothing to make a posterior of.
+    """
+    made = {} if executor is None else _elsewhere(parts, run, progress, executor)
+    for i, part in enumerate(parts):
+        if i in made:
+            continue
+        its = Run(part.folder, part.every, frozen=run.frozen or bool(run.stopped))
+        try:
+            made[i] = part.kept(its, progress)
+        except Interrupted:
+            its.cut = True
+        if its.cut:
+            run.stopped, run.cut = run.stopped or its.stopped, True
+    if not made:
+        raise Interrupted(f"The fit was stopped ({run.stopped}) before any part had a draw.")
+    return [made[i] for i in sorted(made)]
+
+
+def _elsewhere(
+    parts: Sequence[Part], run: Run, progress: bool, executor: Executor
+) -> dict[int, Posterior]:
+    """Those that workers computed, by number: all, unless the run was stopped."""
+    made: dict[int, Posterior] = {}
+    left = {executor.submit(part): i for i, part in enumerate(parts)}
+    show = progress and stderr.isatty()
+    try:
+        with tqdm(total=len(parts), desc="parts", disable=not show) as shown:
+            while left:
+                busy = [i for future, i in left.items() if future.running()]
+                try:
+                    done = wait(left, _POLL, FIRST_COMPLETED).done
+                except KeyboardInterrupt:
+                    if run.stopped:
+                        raise
+                    run.stopped, run.cut = "Ctrl-C", True
+                    left = {future: i for future, i in left.items() if not future.cancel()}
+                    continue
+                for future in done:
+                    i = left.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        made[i] = future.result().of(parts[i])
+                        run.cut = run.cut or not made[i].complete
+                        shown.update()
+                    elif not run.stopped:
+                        names = " or ".join(parts[k].name for k in busy or [i])
+                        raise _told(error, parts[i], names)
+    finally:
+        for future in left:
+            future.cancel()
+    if run.cut and not run.stopped:
+        run.stopped = "a signal to a worker"
+    return made
+
+
+def _told(error: BaseException, part: Part, names: str) -> BaseException:
+    """What to raise for what a worker raised, or for its end."""
+    what = type(part.method).__name__
+    if isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _DEAD:
+        found = FitError(
+            f"{what}: a worker ended (killed, or out of memory?) while it computed {names}: "
+            f"{error}. With checkpoint= the same call computes again what it had not kept."
+        )
+    elif "pickle" in f"{type(error).__name__} {error}".lower():
+        found = ModelError(
+            f"The model, or a setting of {what}, cannot be sent to another process: {error}. "
+            "Define it at the top of a module, or use an executor that sends code by value, as "
+            "dask's does."
+        )
+    else:
+        return error
+    found.__cause__ = error
+    return found
+
+
+def joined(parts: Sequence[Posterior], axis: int = 0) -> Posterior:
+    """One posterior of several: their chains (axis 0), or the draws of their one chain (axis 1).
+
+    Chains have as many draws as the others: of parts that were stopped at different lengths, those
+    and so much of each stay that most draws are left. The history is that which ends highest, and
+    so is the evidence.
+    """
+    if axis == 0:
+        parts = _even(parts)
+    histories = [part.history for part in parts if part.history is not None]
+    evidences = [part.log_evidence for part in parts if part.log_evidence is not None]
+    return replace(
+        parts[0],
+        draws=_joined([part.draws for part in parts], axis),
+        stats=_joined([part.stats for part in parts], axis),
+        params=_joined([part.params for part in parts], 0),
+        history=max(histories, key=lambda each: float(each[-1]), default=None),
+        log_evidence=max(evidences, default=None),
+        complete=all(part.complete for part in parts),
+    )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], axis: int) -> dict[str, Tensor]:
+    found = {}
+    for name, first in parts[0].items():
+        values = [part[name] for part in parts]
+        if axis == 0 and first.ndim > 1 and all(map(is_repeated, values)):  # stays without memory
+            once = torch.cat([value[:, :1] for value in values])
+            found[name] = once.expand(-1, first.shape[1], *first.shape[2:])
+        else:
+            found[name] = torch.cat(values, axis)
+    return found
+
+
+def _even(parts: Sequence[Posterior]) -> list[Posterior]:
+    """As many draws of each chain."""
+    longest = max({part.shape[1] for part in parts}, key=lambda n: n * _chains(parts, n))
+    cut = lambda tensors: {k: v[:, :longest] for k, v in tensors.items()}
+    return [
+        replace(part, draws=cut(part.draws), stats=cut(part.stats))
+        for part in parts
+        if part.shape[1] >= longest
+    ]
+
+
+def _chains(parts: Sequence[Posterior], draws: int) -> int:
+    """That have so many draws."""
+    return sum(part.shape[0] for part in parts if part.shape[1] >= draws)
