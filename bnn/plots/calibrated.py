@@ -30,7 +30,8 @@ def coverage(
 ) -> "Axes":
     """Observed share of rows inside central intervals, at every level; calibrated is diagonal.
 
-    The grey band holds 95 % of calibrated predictions of this many independent rows (binomial).
+    The grey band holds 95 % of calibrated predictions of this many independent rows (binomial);
+    outputs of one row count as one, so that it is no narrower than chance where they go together.
 
     Args:
         predictions: one, or several by name.
@@ -51,7 +52,7 @@ def coverage(
         for name, prediction in named.items()
     }
     ax = style.axes(ax)
-    noise = 1.96 * (levels * (1 - levels) / max(observed.numel(), 1)).sqrt()
+    noise = 1.96 * (levels * (1 - levels) / max(len(observed), 1)).sqrt()
     ax.fill_between(
         levels,
         (levels - noise).clamp(0, 1),

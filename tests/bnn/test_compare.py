@@ -39,6 +39,12 @@ def fits():
         }
 
 
+def test_one_held_out_row_has_a_score_and_no_error_of_it(fits):
+    table = bnn.compare(fits, data=(X[:1], Y[:1]))
+    assert table["log_score_se"].isna().all()
+    assert table["log_score"].notna().all()
+
+
 def test_held_out_columns_are_those_computed_by_hand(fits):
     table = bnn.compare(fits, data=HELD_OUT)
     x, y = HELD_OUT

@@ -165,6 +165,18 @@ def test_coverage_draws_the_observed_shares():
         assert share == pytest.approx(((Y >= lower) & (Y <= upper)).float().mean().item(), abs=0.03)
 
 
+def test_the_band_of_chance_counts_rows_not_outputs():
+    heights = []
+    for outputs in (1, 4):
+        parts = ("f", "y", "mean", "aleatoric", "epistemic")
+        same = lambda value: torch.stack([value] * outputs, -1)
+        prediction = Prediction(**{k: same(getattr(numbers(), k)) for k in parts})
+        ax = plots.coverage(prediction, same(Y))
+        band = ax.collections[0].get_paths()[0].vertices
+        heights.append(band[:, 1] - band[:, 0])
+    assert np.allclose(*heights)
+
+
 def test_reliability_draws_the_share_of_right_labels():
     ax = plots.reliability(labels(), LABELS, bins=1)
     line = next(line for line in ax.get_lines() if len(line.get_xdata()) == 1)

@@ -128,7 +128,7 @@ def test_a_replicate_depends_on_its_number_alone(right):
 def test_any_executor_gives_the_same_ranks(right, tmp_path):
     with ThreadPoolExecutor(3) as threads:
         assert torch.equal(run(replicates=8, executor=threads).ranks, right.ranks[:8])
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as processes:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         path = tmp_path / "sbc.jsonl"
         assert torch.equal(run(replicates=8, executor=processes, path=path).ranks, right.ranks[:8])
     assert len(path.read_text().splitlines()) == 9
