@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bnn.errors import ModelError
-from bnn.handlers import At
+from bnn.handlers import At, Capture
 from bnn.inference._curvature import block_of_rest
 from bnn.inference._energy import Energy
 from bnn.inference._factors import entries_of
@@ -28,7 +28,8 @@ def chosen(energy: Energy, z: Tensor, structure: str, names: Sequence[str] | Non
         names: sites, or None for all.
 
     Raises:
-        ModelError: no site at all, none of that name, or no linear map.
+        ModelError: no site at all, none of that name, no linear map, or one that is not the last
+            that f depends on.
     """
     known = [slot.name for slot in energy.slots]
     if not known:
@@ -43,7 +44,15 @@ def chosen(energy: Energy, z: Tensor, structure: str, names: Sequence[str] | Non
                 'structure="last_layer" looks for the last linear map whose weight is a site, and '
                 f"the model has none (sites: {', '.join(known)}). Name the sites: sites=(...)."
             )
-        names = [maps[-1].site, *([maps[-1].bias] if maps[-1].bias else [])]
+        last = maps[-1]
+        names = [last.site, *([last.bias] if last.bias else [])]
+        if behind := _behind(energy, z, last):
+            told = ", ".join(map(repr, [*names, *behind]))
+            raise ModelError(
+                f'structure="last_layer" found the last linear map at "{last.site}", and f depends '
+                f"on {', '.join(map(repr, behind))} behind it, outside of a map. Name the sites: "
+                f"sites=({told})."
+            )
     if names is None:
         return known
     unknown = [name for name in names if name not in known]
@@ -59,6 +68,26 @@ def _maps(energy: Energy, z: Tensor) -> list[LinearMap]:
     with torch.no_grad(), Rewired() as watch, At(energy.values(z)):
         energy.model(*energy.few)
     return watch.found
+
+
+def _behind(energy: Energy, z: Tensor, last: LinearMap) -> list[str]:
+    """Sites that f depends on by another way than through a map's output."""
+    out = last()
+
+    def f(z: Tensor) -> Tensor | None:
+        held = Rewired({last.site: lambda _: out})
+        with torch.no_grad(), held, At(energy.values(z)), Capture("") as seen:
+            energy.model(*energy.few)
+        return seen.values.get("f")
+
+    plain, found = f(z), []
+    for slot in energy.slots if plain is not None else ():
+        if slot.name not in (last.site, last.bias):
+            moved = z.clone()
+            moved[slot.span] += 0.1 + 0.1 * z[slot.span].abs()
+            if not torch.equal(plain, f(moved)):
+                found.append(slot.name)
+    return found
 
 
 def check_memory(joint: Joint, structure: str, limit: float) -> None:

@@ -408,6 +408,21 @@ def test_the_last_layer_is_conjugate_given_its_features(settings, wave):
     assert posterior.log_evidence is None  # of the last layer alone, w being chosen by the data
 
 
+def test_a_last_layer_that_is_none_is_refused(wave):
+    """The last map is the first layer's here: the weights of the second are a product of sites."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(1, 4), 1.0).to_event(2))
+        v = pyro.sample("v", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", torch.tanh(x @ w) @ (s * v))
+            pyro.sample("y", dist.Normal(f, 0.3), obs=y)
+
+    with pytest.raises(bnn.ModelError, match=r"sites=\('w', 'v', 's'\)"):
+        fit(model, *wave, structure="last_layer")
+
+
 def test_linearized_and_sampled_agree_on_a_linear_model(regression):
     x, y = regression.x, regression.y
     first = fit(regression.model, x, y)
