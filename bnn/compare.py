@@ -3,11 +3,13 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bnn import markup
 from bnn.arguments import check_arguments
 from bnn.calibration import ece, interval_coverage
 from bnn.errors import ApproximationWarning, DataError
@@ -86,6 +88,35 @@ def compare(
     absent = [k for k in ("elbo", "log_evidence") if table[k].isna().all()]
     table = table.drop(columns=absent).sort_values("log_score", ascending=False)
     return _marked(table, posteriors, in_sample=data is None)
+
+
+@cache
+def _table_kind() -> Any:
+    """A `pandas.DataFrame` that shows, where it is whole, what does not compare."""
+    import pandas
+
+    class Comparison(pandas.DataFrame):
+        def __repr__(self) -> str:
+            return "\n".join([super().__repr__(), *_reasons(self)])
+
+        def _repr_html_(self) -> str:
+            rows = ([str(name), *map(_cell, each)] for name, *each in self.itertuples())
+            page = markup.table((str(self.index.name), *map(str, self.columns)), rows)
+            return page + (markup.items(_reasons(self)) if _reasons(self) else "")
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return pandas.DataFrame.copy, (self.copy(),)  # a plain frame: no file has this class
+
+    return Comparison
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reasons(table: "pandas.DataFrame") -> list[str]:
+    """Why columns do not compare, a line each."""
+    return [f"{k}: {why}" for k, why in table.attrs.get("not_comparable", {}).items()]
 
 
 def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[str, float]:
@@ -167,8 +198,9 @@ def _marked(
             mark(column, names, f"{reason}: they differ in {', '.join(apart)}")
     if why:
         table["not_comparable"] = [", ".join(marks[name]) for name in table.index]
-    table.attrs["not_comparable"] = why
-    return table
+    made = _table_kind()(table)
+    made.attrs["not_comparable"] = why
+    return made
 
 
 _ASPECTS: dict[str, Callable[[Posterior], Any]] = {

@@ -22,7 +22,7 @@ from bnn.arguments import call_of
 from bnn.data import Data, shape_of, take, take_filled
 from bnn.errors import DataError, DataWarning, ModelError, outside
 from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
-from bnn.method import Model
+from bnn.method import Model, name_of
 from bnn.observations import (
     as_support_takes,
     check_shape,
@@ -157,7 +157,7 @@ def check_rows(
 
 
 def _name(model: Model) -> str:
-    return f'model "{getattr(model, "__name__", type(model).__name__)}"'
+    return f'model "{name_of(model)}"'
 
 
 _DTYPES = re.compile(r"dtype|scalar type|same type|not implemented for|floating point", re.I)

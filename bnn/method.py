@@ -98,6 +98,11 @@ class Method(ABC):
         return ()
 
 
+def name_of(model: Model) -> str:
+    """What a model is called: its function's name, else its class's."""
+    return getattr(model, "__name__", type(model).__name__)
+
+
 def check_count(method: str, **counts: Any) -> None:
     """Refuses settings that are not whole numbers of at least 1.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from bnn import arguments, contract
+from bnn import arguments, contract, markup
 from bnn.calibration import log_score
 from bnn.data import Data, take, take_filled
 from bnn.errors import DataError, ModelError
@@ -23,7 +23,7 @@ from bnn.handlers import (
     seeded,
     unvalidated,
 )
-from bnn.method import Method, Model, Tensors
+from bnn.method import Method, Model, Tensors, name_of
 from bnn.prediction import Prediction, predict, runs_on
 from bnn.sites import Sites, require_every_row
 
@@ -333,10 +333,25 @@ class Posterior:
         elbo = "" if self.elbo is None else f", elbo {self.elbo:.2f}"
         stopped = "" if self.complete else "INCOMPLETE, "
         return (
-            f"Posterior({stopped}{self.method!r}: "
+            f"Posterior({stopped}{name_of(self.model)} by {self.method!r}: "
             f"{chains} chains x {draws} draws of {sites}{more}; "
             f"{self.data.rows} rows{elbo}, {self.seconds:.1f} s)"
         )
+
+    def _repr_html_(self) -> str:
+        chains, draws = self.shape
+        told = {"elbo": self.elbo, "log evidence": self.log_evidence}
+        nats = "".join(f", {k} {v:.2f} nats" for k, v in told.items() if v is not None)
+        rows = [
+            (name, str(tuple(v.shape[2:])), _spread(v)) for name, v in list(self.draws.items())[:12]
+        ]
+        rows += [(f"and {len(self.draws) - 12} more", "", "")] if len(self.draws) > 12 else []
+        return markup.paragraph(
+            f"Posterior of {name_of(self.model)} by {markup.settings(self.method)}"
+            + ("" if self.complete else ": INCOMPLETE, the fit was stopped"),
+            f"{chains:,} chains × {draws:,} draws, {self.data.rows:,} rows, "
+            f"{self.seconds:.1f} s{nats}",
+        ) + markup.table(("site", "shape", "mean ± sd"), rows)
 
     def _pooled(self, draws: int | None, local: bool = False) -> tuple[Tensors, tuple[int, int]]:
         """Global draws with chain and draw in one axis, thinned evenly, and (chain, draw)."""
@@ -365,6 +380,13 @@ class Posterior:
         args = take(inputs, slice(0, 1))
         with parameters(self.model, (*args, None), self.params):
             yield
+
+
+def _spread(draws: Tensor) -> str:
+    """Mean and standard deviation of a single number; entries of a weight mean little alone."""
+    if draws[0, 0].numel() != 1:
+        return ""
+    return f"{float(draws.double().mean()):.3g} ± {float(draws.double().std(correction=0)):.2g}"
 
 
 def _root(seed: int) -> Any:

@@ -18,6 +18,7 @@ import torch.distributions as td
 from torch import Tensor
 from torch.func import vmap
 
+from bnn import markup
 from bnn.data import take, take_filled
 from bnn.errors import ModelError
 from bnn.handlers import At, AtMeans, Capture, branch, quiet_pyro, seeded, unvalidated
@@ -118,8 +119,35 @@ class Prediction:
 
     def __repr__(self) -> str:
         chain, draw, rows = self.y.shape[:3]
-        kind = "labels" if self.probs is not None else "numbers"
-        return f"Prediction({rows} rows of {kind}, {chain} chains x {draw} draws)"
+        kind = "numbers" if self.probs is None else f"labels, {self.probs.shape[-1]} classes"
+        told = "".join(
+            f"; {name} {least:.3g} to {largest:.3g}"
+            for name, (least, _, largest) in list(self._over_rows().items())[:2]
+        )
+        return f"Prediction({rows} rows of {kind}, {chain} chains x {draw} draws{told})"
+
+    def _repr_html_(self) -> str:
+        chain, draw, rows = self.y.shape[:3]
+        kind = "numbers" if self.probs is None else f"labels, {self.probs.shape[-1]} classes"
+        page = markup.paragraph(
+            f"Prediction: {rows:,} rows of {kind}, {chain:,} chains × {draw:,} draws",
+            *(f"local: {name} {tuple(value.shape[3:])}" for name, value in self.local.items()),
+        )
+        over = [(k, *(f"{v:.3g}" for v in each)) for k, each in self._over_rows().items()]
+        return page + markup.table(("over rows", "least", "median", "largest"), over)
+
+    def _over_rows(self) -> dict[str, tuple[float, float, float]]:
+        """Least, median and largest over rows of what one asks of a prediction first."""
+        if not self.y.shape[2]:
+            return {}
+        if self.probs is None:
+            parts = self.aleatoric.sqrt(), self.epistemic.sqrt()
+            told = {"mean": self.mean, "std": self.std}
+            told |= dict(zip(("aleatoric std", "epistemic std"), parts, strict=True))
+        else:
+            told = {"largest probability": self.probs.max(-1).values, "entropy": self.entropy}
+            told |= {"mutual information": self.mutual_information}
+        return {k: (float(v.min()), float(v.median()), float(v.max())) for k, v in told.items()}
 
 
 def predict(

@@ -1,6 +1,5 @@
 """Report: findings, and how they print."""
 
-import html
 import math
 import shutil
 import textwrap
@@ -9,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bnn import markup
 from bnn.errors import ConvergenceWarning, outside
 
 
@@ -86,24 +86,22 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = []
-        for each in self._ordered():
-            limit = "" if each.threshold is None else f"{each.threshold:.4g}"
-            name = f"<b>{html.escape(each.name)}</b>" if each.doubtful else html.escape(each.name)
-            text = html.escape(f"{each.meaning} {each.advice}".strip())
-            mark = "doubtful" if each.doubtful else ""
-            cells = (mark, name, f"{each.value:.4g}", limit, text)
-            rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        missing = "".join(
-            f"<li>{html.escape(what)}: {html.escape(why)}</li>"
-            for what, why in self.missing.items()
-        )
-        return (
-            f"<p>{html.escape(self.title)}<br>{self._verdict()}</p><table><thead><tr><th></th>"
-            "<th>finding</th><th>value</th><th>limit</th><th>meaning</th></tr></thead><tbody>"
-            f"{''.join(rows)}</tbody></table>"
-            + (f"<p>Not looked at</p><ul>{missing}</ul>" if missing else "")
-        )
+        rows = [
+            (
+                "doubtful" if each.doubtful else "",
+                each.name,
+                f"{each.value:.4g}",
+                "" if each.threshold is None else f"{each.threshold:.4g}",
+                f"{each.meaning} {each.advice}" if each.doubtful else each.meaning,
+            )
+            for each in self._ordered()
+        ]
+        page = markup.paragraph(self.title, self._verdict())
+        page += markup.table(("", "finding", "value", "limit", "meaning"), rows)
+        if self.missing:
+            page += markup.paragraph("Not looked at")
+            page += markup.items(f"{what}: {why}" for what, why in self.missing.items())
+        return page
 
 
 def warn(findings: Sequence[Finding], kind: type[Warning] = ConvergenceWarning) -> None:
