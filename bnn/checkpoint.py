@@ -100,6 +100,17 @@ def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterio
             predicts with a setting that is code and was not passed; or a fit that is not yet so far
             that there is a posterior.
         TypeError: `code` names what is not a setting that the file lacks.
+
+    Example:
+        >>> import bnn, tempfile
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> model = bnn.models.linear(1, likelihood=bnn.models.likelihoods.Gaussian(0.1))
+        >>> posterior = bnn.fit(model, x, x[:, 0], method=bnn.Laplace(steps=200, draws=50))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     posterior.save(f"{folder}/line.bnn")
+        ...     again = bnn.load(f"{folder}/line.bnn", model)
+        >>> torch.equal(again.predict(x).y, posterior.predict(x).y)
+        True
     """
     path = Path(path)
     if path.is_dir():

@@ -68,6 +68,15 @@ def compare(
         Vehtari, Gelman, Gabry (2017), Practical Bayesian model evaluation using leave-one-out
         cross-validation and WAIC. Kuleshov, Fenner, Ermon (2018), Accurate uncertainties for deep
         learning using calibrated regression (coverage error).
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> model = bnn.models.linear(1, likelihood=bnn.models.likelihoods.Gaussian(0.1))
+        >>> fitted = bnn.fit(model, x, x[:, 0], method=bnn.Laplace(steps=200, draws=100))
+        >>> table = bnn.compare({"laplace": fitted}, data=(x, x[:, 0]))
+        >>> list(table.columns)[:4]
+        ['log_score', 'log_score_se', 'rmse', 'coverage_90']
     """
     import pandas
 

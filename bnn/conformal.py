@@ -6,7 +6,7 @@ has seen neither, then the rule holds a new observation with probability at leas
 most level + 1 / (n + 1) where no scores tie; whatever the model. That is on average over rows and
 held-out sets: not for each kind of row. Of rows with several observations, (row, *), it is also on
 average over these: they may depend on one another, and n counts the rows (Lee, Barber, Willett
-2023, Distribution-free inference with hierarchical data).
+2023, Distribution-free inference with hierarchical data, arXiv:2306.06342).
 
     split   mean +- a constant, or a multiple of the predictive standard deviation
     cqr     an interval of the posterior, moved out or in by a constant
@@ -39,6 +39,10 @@ class Split:
         radius: half their width, in units of y, or of the standard deviation where `scaled`.
         scaled: whether they go with the standard deviation.
         level: probability that they hold a new observation.
+
+    Example:
+        >>> Split(radius=0.5, scaled=False, level=0.9)(torch.tensor([1.0, 2.0]))
+        (tensor([0.5000, 1.5000]), tensor([1.5000, 2.5000]))
     """
 
     radius: float
@@ -62,6 +66,10 @@ class CQR:
     Attributes:
         shift: by how much outwards, units of y; below 0 inwards.
         level: probability that they hold a new observation.
+
+    Example:
+        >>> CQR(shift=0.5, level=0.9)(torch.zeros(1), torch.ones(1))
+        (tensor([-0.5000]), tensor([1.5000]))
     """
 
     shift: float
@@ -88,6 +96,10 @@ class Sets:
         penalty: added to the score for each label after the first `free` ones.
         free: labels without penalty.
         randomised: whether the last label of a set enters by chance.
+
+    Example:
+        >>> Sets(threshold=0.75, level=0.9, kind="lac")([[0.7, 0.3, 0.0]])  # those of at least .25
+        tensor([[ True,  True, False]])
     """
 
     threshold: float
@@ -140,6 +152,11 @@ def split(mean: Any, y: Any, *, std: Any = None, level: float = 0.9) -> Split:
 
     References:
         Lei et al. (2018), Distribution-free predictive inference for regression.
+
+    Example:
+        >>> rule = split(torch.zeros(9), torch.arange(1.0, 10.0), level=0.8)  # 8th of 9 errors
+        >>> rule(torch.zeros(1))
+        (tensor([-8.]), tensor([8.]))
     """
     mean, y = finite(mean, "mean"), finite(y, "y")
     same_rows(mean, y, ("mean", "y"))
@@ -167,6 +184,12 @@ def cqr(lower: Any, upper: Any, y: Any, *, level: float = 0.9) -> CQR:
 
     References:
         Romano, Patterson, Candès (2019), Conformalized quantile regression.
+
+    Example:
+        >>> zeros = torch.zeros(9)
+        >>> rule = cqr(zeros - 1, zeros + 1, torch.arange(1.0, 10.0), level=0.8)
+        >>> rule(-torch.ones(1), torch.ones(1))  # the ends move out by 7
+        (tensor([-8.]), tensor([8.]))
     """
     lower, upper = _interval(lower, upper)
     y = finite(y, "y").to(lower.device)
@@ -191,6 +214,13 @@ def lac(probs: Any, labels: Any, *, level: float = 0.9) -> Sets:
     References:
         Sadinle, Lei, Wasserman (2019), Least ambiguous set-valued classifiers with bounded error
         levels.
+
+    Example:
+        >>> p = torch.linspace(0.5, 0.9, 9)
+        >>> rule = lac(torch.stack([p, 1 - p], 1), [0] * 9, level=0.8)
+        >>> rule([[0.6, 0.4], [0.5, 0.5]])  # labels of at least .55
+        tensor([[ True, False],
+                [False, False]])
     """
     return _sets(probs, labels, Sets(math.inf, level, "lac"), seed=0)
 
@@ -215,6 +245,12 @@ def aps(
 
     References:
         Romano, Sesia, Candès (2020), Classification with valid and adaptive coverage.
+
+    Example:
+        >>> p = torch.linspace(0.5, 0.9, 9)
+        >>> rule = aps(torch.stack([p, 1 - p], 1), [0, 1] * 4 + [0], level=0.5, randomised=False)
+        >>> rule([[0.6, 0.4]]).shape
+        torch.Size([1, 2])
     """
     return _sets(probs, labels, Sets(math.inf, level, "aps", randomised=randomised), seed)
 
@@ -249,6 +285,13 @@ def raps(
     References:
         Angelopoulos, Bates, Malik, Jordan (2021), Uncertainty sets for image classifiers using
         conformal prediction.
+
+    Example:
+        >>> p = torch.linspace(0.5, 0.9, 9)
+        >>> probs = torch.stack([p, 1 - p], 1)
+        >>> rule = raps(probs, [0] * 9, level=0.8, penalty=0.5, free=1, randomised=False)
+        >>> rule([[0.6, 0.4]])  # a second label costs .5
+        tensor([[ True, False]])
     """
     if not (0 <= penalty < math.inf and free >= 0):
         raise DataError(f"penalty is {penalty!r} and free is {free!r}. Pass numbers of at least 0.")

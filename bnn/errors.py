@@ -4,11 +4,25 @@ import sys
 
 
 class ModelError(ValueError):
-    """The model cannot be fitted as it is written: a site, a plate or a shape is wrong."""
+    """The model cannot be fitted as it is written: a site, a plate or a shape is wrong.
+
+    Example:
+        >>> import bnn
+        >>> bnn.fit(lambda x, y: None, [1.0, 2.0], [1.0, 2.0])
+        Traceback (most recent call last):
+        bnn.errors.ModelError: The model has no observed site ...
+    """
 
 
 class DataError(ValueError):
-    """The data do not fit the model: rows, columns, types, labels or missing values."""
+    """The data do not fit the model: rows, columns, types, labels or missing values.
+
+    Example:
+        >>> import bnn
+        >>> bnn.fit(bnn.models.linear(1), [[1.0], [2.0]], [[1.0], [2.0]])
+        Traceback (most recent call last):
+        bnn.errors.DataError: ...
+    """
 
 
 class FitError(RuntimeError):
@@ -17,6 +31,11 @@ class FitError(RuntimeError):
     Attributes:
         step: optimisation step or sampler iteration, counted from 0; None where there is none.
         site: name of the site concerned, or None.
+
+    Example:
+        >>> error = FitError("The gradient is not finite.", step=3, site="sigma")
+        >>> error.step, error.site
+        (3, 'sigma')
     """
 
     def __init__(self, message: str, *, step: int | None = None, site: str | None = None):
@@ -26,7 +45,14 @@ class FitError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A file does not hold what it should: damaged, foreign, or of another schema."""
+    """A file does not hold what it should: damaged, foreign, or of another schema.
+
+    Example:
+        >>> import bnn
+        >>> bnn.load("nowhere.bnn", bnn.models.linear(1))
+        Traceback (most recent call last):
+        bnn.errors.CheckpointError: ...
+    """
 
 
 class ResumeMismatch(CheckpointError):
@@ -34,6 +60,16 @@ class ResumeMismatch(CheckpointError):
 
     Attributes:
         field: what differs: "data", "model", "settings", "seed", "dtype" or "version".
+
+    Example:
+        >>> import bnn, tempfile, warnings
+        >>> folder, x, y = tempfile.TemporaryDirectory(), [[0.0], [1.0]], [0.0, 1.0]
+        >>> method = bnn.MAP(steps=30)
+        >>> with warnings.catch_warnings(action="ignore"):  # so few steps do not suffice
+        ...     fitted = bnn.fit(bnn.models.linear(1), x, y, method=method, checkpoint=folder.name)
+        >>> bnn.fit(bnn.models.linear(1), x, y, method=method, seed=1, checkpoint=folder.name)
+        Traceback (most recent call last):
+        bnn.errors.ResumeMismatch: ...
     """
 
     def __init__(self, message: str, *, field: str):
@@ -42,23 +78,59 @@ class ResumeMismatch(CheckpointError):
 
 
 class ConvergenceWarning(UserWarning):
-    """The answer is doubtful: the method has not reached what it approximates."""
+    """The answer is doubtful: the method has not reached what it approximates.
+
+    Example:
+        >>> import bnn, warnings
+        >>> with warnings.catch_warnings(action="error", category=ConvergenceWarning):
+        ...     bnn.fit(bnn.models.linear(1), [[0.0], [1.0]], [0.0, 1.0], method=bnn.MAP(steps=30))
+        Traceback (most recent call last):
+        bnn.errors.ConvergenceWarning: MAP: the log joint was still rising ...
+    """
 
 
 class ApproximationWarning(UserWarning):
-    """The answer is of another kind than one might think, and the message says which."""
+    """The answer is of another kind than one might think, and the message says which.
+
+    Example:
+        >>> import bnn, warnings
+        >>> with warnings.catch_warnings(action="error", category=ApproximationWarning):
+        ...     bnn.conformal.split([1.0, 2.0], [1.5, 1.5], level=0.9)
+        Traceback (most recent call last):
+        bnn.errors.ApproximationWarning: 2 held-out rows cannot tell a level of 0.9...
+    """
 
 
 class PerformanceWarning(UserWarning):
-    """The answer is right and takes longer than it could, and the message says why."""
+    """The answer is right and takes longer than it could, and the message says why.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", PerformanceWarning)  # where one knows why
+    """
 
 
 class CheckpointWarning(UserWarning):
-    """The fit is right and goes on, and something about keeping it is not."""
+    """The fit is right and goes on, and something about keeping it is not.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(action="error", category=CheckpointWarning):
+        ...     pass  # a fit here would end where it cannot be kept
+    """
 
 
 class DataWarning(UserWarning):
-    """The data can be used, and something about them probably was not meant."""
+    """The data can be used, and something about them probably was not meant.
+
+    Example:
+        >>> import bnn, torch, warnings
+        >>> x, y = torch.arange(1990.0, 2020.0)[:, None], torch.arange(30.0)
+        >>> with warnings.catch_warnings(action="error", category=DataWarning):
+        ...     bnn.fit(bnn.models.linear(1), x, y)
+        Traceback (most recent call last):
+        bnn.errors.DataWarning: "x", column "0", lies ... of its standard deviations from 0. ...
+    """
 
 
 def outside() -> int:

@@ -35,6 +35,15 @@ class Method(ABC):
     Attributes:
         adds_sites: True for a method whose program states latent sites of its own, so that there
             is something to infer in a model that has none.
+
+    Example:
+        >>> import bnn
+        >>> method = bnn.NUTS(chains=4, draws=500)
+        >>> isinstance(method, Method), method == bnn.NUTS(chains=4, draws=500)
+        (True, True)
+        >>> method.draws = 3
+        Traceback (most recent call last):
+        dataclasses.FrozenInstanceError: cannot assign to field 'draws'
     """
 
     adds_sites: ClassVar[bool] = False

@@ -65,6 +65,16 @@ class Posterior:
         seed: the seed of the fit.
         seconds: how long the fit took.
         complete: False of a fit that was stopped: the draws are what there was by then.
+
+    Example:
+        >>> import bnn, torch
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> model = bnn.models.linear(1, likelihood=bnn.models.likelihoods.Gaussian(0.1))
+        >>> posterior = bnn.fit(model, x, 2 * x[:, 0], method=bnn.Laplace(steps=200, draws=100))
+        >>> posterior.shape, posterior.draws["layers.0.weight"].shape
+        ((1, 100), torch.Size([1, 100, 1, 1]))
+        >>> posterior.predict(torch.zeros(3, 1)).y.shape  # chain, draw, row
+        torch.Size([1, 100, 3])
     """
 
     model: Model

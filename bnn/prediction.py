@@ -47,6 +47,16 @@ class Prediction:
             what a method added to a seam for all rows alike ("hidden.0.mask", a view without
             memory of its own), each (chain, draw, row, *).
         inputs: the rows predicted.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> prediction = bnn.prior_predictive(bnn.models.linear(1), x, draws=50)
+        >>> prediction.mean.shape, prediction.y.shape
+        (torch.Size([20]), torch.Size([1, 50, 20]))
+        >>> lower, upper = prediction.interval(0.9)
+        >>> torch.equal(prediction.total, prediction.aleatoric + prediction.epistemic)
+        True
     """
 
     f: Tensor

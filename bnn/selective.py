@@ -26,6 +26,11 @@ class RiskCoverage:
         risk: mean loss of those, (row,).
         area: mean of `risk`: AURC.
         excess: what `area` has above that of an order by the losses themselves: E-AURC; 0 is best.
+
+    Example:
+        >>> curve = risk_coverage([0.1, 0.2, 0.9], [0.0, 0.0, 3.0])
+        >>> curve.risk, curve.excess
+        (tensor([0., 0., 1.]), 0.0)
     """
 
     coverage: Tensor
@@ -76,6 +81,10 @@ def fpr(inside: Any, outside: Any, *, tpr: float = 0.95) -> float:
     References:
         Liang, Li, Srikant (2018), Enhancing the reliability of out-of-distribution image detection
         in neural networks.
+
+    Example:
+        >>> fpr([0.1, 0.2, 0.3, 0.4], [0.35, 0.9], tpr=0.75)  # the threshold is .3
+        0.0
     """
     inside, outside = _scores(inside, outside)
     need = float(probability(tpr, "tpr")) * len(inside)

@@ -63,6 +63,16 @@ class SBC:
             independent ones.
         warned: how often fits warned, by category.
         seconds: of all fits.
+
+    Example:
+        >>> import bnn
+        >>> model = bnn.models.linear(1, likelihood=bnn.models.likelihoods.Gaussian(1.0))
+        >>> x = torch.linspace(-1, 1, 5)[:, None]
+        >>> result = bnn.sbc(model, bnn.Laplace(steps=100, draws=19), lambda: x, 3, progress=False)
+        >>> result.ranks.shape == (3, len(result.quantities))
+        True
+        >>> result.quantities
+        ('layers.0.weight', 'layers.0.bias', 'f[0]', 'f[1]', 'f[2]', 'log_likelihood')
     """
 
     ranks: Tensor
@@ -215,6 +225,14 @@ def sbc(
         Talts et al. (2018), Validating Bayesian inference algorithms with simulation-based
         calibration. Modrak et al. (2023), Simulation-based calibration checking for Bayesian
         computation: the choice of test quantities shapes sensitivity (the log likelihood).
+
+    Example:
+        >>> import bnn
+        >>> model = bnn.models.linear(1, likelihood=bnn.models.likelihoods.Gaussian(1.0))
+        >>> x = torch.linspace(-1, 1, 5)[:, None]
+        >>> method = bnn.Laplace(steps=100, draws=19)
+        >>> bnn.sbc(model, method, lambda: x, 3, progress=False).uniform  # 3 are too few to tell
+        True
     """
     check_count("sbc", replicates=replicates, draws=draws)
     if not isinstance(method, Method):

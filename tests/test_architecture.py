@@ -164,6 +164,21 @@ def test_public_names_exist_and_are_documented(room):
             assert vars(thing)["__doc__"], name
 
 
+PUBLIC = [*ROOMS, bnn.models.priors, bnn.models.likelihoods, bnn.conformal, bnn.selective]
+
+
+@pytest.mark.parametrize("room", PUBLIC, ids=lambda m: m.__name__)
+def test_public_names_have_an_example_that_runs(room):
+    """The doctests of `bnn` are collected with the tests."""
+    names = getattr(room, "__all__", None)
+    here = [n for n, v in vars(room).items() if getattr(v, "__module__", "") == room.__name__]
+    for name in names or [n for n in here if not n.startswith("_")]:
+        thing = getattr(room, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__module__.startswith("bnn."), name
+            assert ">>> " in (thing.__doc__ or ""), f"{room.__name__}.{name} has no example"
+
+
 def test_the_methods_are_public():
     for name, kind in bnn.method.METHODS.items():
         if kind.__module__.startswith("bnn."):

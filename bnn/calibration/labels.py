@@ -31,6 +31,10 @@ class Reliability:
         count: its rows, (bin,).
         lower: lower end of the band around `observed`, (bin,).
         upper: upper end, (bin,).
+
+    Example:
+        >>> reliability([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]], [0, 1, 1], bins=2).count
+        tensor([1, 2])
     """
 
     stated: Tensor
@@ -51,6 +55,12 @@ class Brier:
         uncertainty: of the labels themselves, whatever is predicted.
         within: what the bins hide: variance of the stated probabilities inside them, less twice
             their covariance with the labels. 0 where every bin holds one probability.
+
+    Example:
+        >>> found = brier_decomposition([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]], [0, 1, 1], bins=None)
+        >>> parts = found.reliability - found.resolution + found.uncertainty + found.within
+        >>> abs(parts - found.score) < 1e-9
+        True
     """
 
     score: float
@@ -145,6 +155,11 @@ def reliability(
     References:
         DeGroot, Fienberg (1983), The comparison and evaluation of forecasters. Wilson (1927),
         Probable inference, the law of succession, and statistical inference.
+
+    Example:
+        >>> curve = reliability([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]], [0, 1, 1], bins=2)
+        >>> curve.stated, curve.observed
+        (tensor([0.6000, 0.8000]), tensor([1.0000, 0.5000]))
     """
     shape = tensor(probs, "probs").shape
     probs, labels = classified(probs, labels)
@@ -194,6 +209,10 @@ def brier(probs: Any, labels: Any) -> float:
 
     Raises:
         DataError: as `ece`.
+
+    Example:
+        >>> round(brier([[0.75, 0.25], [0.25, 0.75]], [0, 0]), 6)  # (2 / 16 + 18 / 16) / 2
+        0.625
     """
     probs, labels = classified(probs, labels)
     return float((probs.double() - _indicator(labels, probs)).square().sum(-1).mean())
@@ -219,6 +238,11 @@ def brier_decomposition(
     References:
         Murphy (1973), A new vector partition of the probability score. Stephenson, Coelho,
         Jolliffe (2008), Two extra components in the Brier score decomposition (within).
+
+    Example:
+        >>> found = brier_decomposition([[0.5, 0.5], [0.5, 0.5]], [0, 1])  # calibrated, and no use
+        >>> found.reliability, found.resolution, found.uncertainty
+        (0.0, 0.0, 0.5)
     """
     probs, labels = classified(probs, labels)
     came, rows = _indicator(labels, probs), len(labels)
@@ -245,6 +269,10 @@ def nll(probs: Any, labels: Any) -> float:
 
     Raises:
         DataError: as `ece`.
+
+    Example:
+        >>> round(nll([[0.5, 0.5], [0.25, 0.75]], [0, 0]), 4)  # (log 2 + log 4) / 2
+        1.0397
     """
     probs, labels = classified(probs, labels)
     return -float(probs.double().gather(-1, labels[:, None]).log().mean())

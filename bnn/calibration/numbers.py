@@ -60,6 +60,10 @@ def sharpness(y_draws: Any, level: float | Tensor = 0.9) -> Tensor:
 
     References:
         Gneiting, Balabdaoui, Raftery (2007), Probabilistic forecasts, calibration and sharpness.
+
+    Example:
+        >>> sharpness(torch.linspace(0, 1, 101).reshape(1, 101, 1), 0.5)
+        tensor(0.5000)
     """
     draws = finite(y_draws, "y_draws")
     if draws.ndim < 2:
@@ -90,6 +94,10 @@ def pit(y_draws: Any, y: Any, *, seed: int = 0) -> Tensor:
     References:
         Dawid (1984), Statistical theory: the prequential approach. Czado, Gneiting, Held (2009),
         Predictive model assessment for count data.
+
+    Example:
+        >>> pit(torch.linspace(0, 1, 1_000)[:, None], [0.25]).round(decimals=2)
+        tensor([0.2500])
     """
     draws, y = pooled(y_draws, y)
     return _pit(draws, y, seed)
@@ -116,6 +124,12 @@ def loo_pit(y_draws: Any, y: Any, log_weights: Any, *, seed: int = 0) -> Tensor:
         Gelfand, Dey, Chang (1992), Model determination using predictive distributions. Vehtari,
         Gelman, Gabry (2017), Practical Bayesian model evaluation using leave-one-out
         cross-validation and WAIC.
+
+    Example:
+        >>> draws = torch.linspace(0, 1, 1_000)[:, None]
+        >>> even = torch.zeros(1_000, 1)  # log weights, such as those that `az.psis` gives
+        >>> loo_pit(draws, [0.25], even).round(decimals=2)
+        tensor([0.2500])
     """
     draws, y = pooled(y_draws, y)
     weights = by_draw(log_weights, "log_weights").to(draws.device)

@@ -23,6 +23,10 @@ class Temperature:
 
     Attributes:
         temperature: above 0.
+
+    Example:
+        >>> Temperature(2.0)(torch.tensor([[2.0, 0.0]]))  # as surely as logits of 1 and 0
+        tensor([[0.7311, 0.2689]])
     """
 
     temperature: float
@@ -40,6 +44,11 @@ class Isotonic:
     Attributes:
         stated: knots of each line, (knot,) each; of two classes only the second has one.
         observed: its values there.
+
+    Example:
+        >>> rule = isotonic([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]], [0, 1, 1, 1])
+        >>> rule(torch.tensor([[0.9, 0.1]]))
+        tensor([[0.5000, 0.5000]])
     """
 
     stated: tuple[Tensor, ...]
@@ -72,6 +81,12 @@ class Quantiles:
     Attributes:
         stated: probability that the draws give, (knot,).
         observed: share of held-out rows up to there, increasing, (knot,).
+
+    Example:
+        >>> draws = torch.randn(500, 200, generator=torch.Generator().manual_seed(0))
+        >>> rule = quantiles(2 * draws, draws[0])  # twice as wide as they should be
+        >>> rule(2 * draws).std() < 1.2
+        tensor(True)
     """
 
     stated: Tensor
@@ -112,6 +127,12 @@ def temperature(logits: Any, labels: Any) -> Temperature:
 
     References:
         Guo, Pleiss, Sun, Weinberger (2017), On calibration of modern neural networks.
+
+    Example:
+        >>> logits = torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
+        >>> rule = temperature(logits, [0, 0, 1])  # states .98, and is right two times of three
+        >>> rule(logits)[0]
+        tensor([0.6667, 0.3333])
     """
     logits = finite(logits, "logits").double()
     if logits.ndim < 2 or logits.shape[-1] < 2:
@@ -160,6 +181,11 @@ def isotonic(probs: Any, labels: Any) -> Isotonic:
     References:
         Zadrozny, Elkan (2002), Transforming classifier scores into accurate multiclass probability
         estimates.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
+        >>> isotonic(probs, [0, 1, 1, 1])(probs)[0]  # what was stated as .9 came true half the time
+        tensor([0.5000, 0.5000])
     """
     probs, labels = classified(probs, labels)
     classes = range(probs.shape[-1]) if probs.shape[-1] > 2 else [1]
@@ -187,6 +213,12 @@ def quantiles(y_draws: Any, y: Any, *, seed: int = 0) -> Quantiles:
     References:
         Kuleshov, Fenner, Ermon (2018), Accurate uncertainties for deep learning using calibrated
         regression, algorithm 1, whose isotonic regression leaves these shares as they are.
+
+    Example:
+        >>> draws = torch.randn(500, 200, generator=torch.Generator().manual_seed(0))
+        >>> rule = quantiles(draws + 1, draws[0])  # one too high
+        >>> rule(draws + 1).mean().abs() < 0.2
+        tensor(True)
     """
     count = len(pooled(y_draws, y)[0])
     places, ties = pit(y_draws, y, seed=seed).double().cpu().unique(return_counts=True)

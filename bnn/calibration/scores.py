@@ -28,6 +28,10 @@ def log_score(log_likelihood: Any) -> Tensor:
 
     Raises:
         DataError: no draws, no rows, or NaN.
+
+    Example:
+        >>> log_score(torch.tensor([[0.5], [0.25]]).log()).exp()  # not the mean of logs
+        tensor([0.3750])
     """
     return _log_mean(by_draw(log_likelihood, "log_likelihood"))
 
@@ -96,6 +100,11 @@ def dyadic(
 
     References:
         Osband et al. (2022), Evaluating high-order predictive distributions in deep learning.
+
+    Example:
+        >>> groups = dyadic(100, size=10, groups=5)
+        >>> groups.shape, [len(set(group)) <= 2 for group in groups.tolist()]
+        (torch.Size([5, 10]), [True, True, True, True, True])
     """
     if min(size, anchors, groups) < 1 or rows < anchors:
         raise DataError(

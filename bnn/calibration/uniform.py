@@ -25,6 +25,11 @@ class Uniformity:
         ecdf_p: p-value of the largest departure of `share`, which leaves the band if this is below
             1 - level; of values below 1e-12 know no more than that.
         chi_square_p: p-value of the counts in cells of equal width, ten expected in each.
+
+    Example:
+        >>> test = uniformity(torch.linspace(0.01, 0.99, 50))
+        >>> bool(((test.share >= test.lower) & (test.share <= test.upper)).all())
+        True
     """
 
     points: Tensor

@@ -23,6 +23,13 @@ class Finding:
         doubtful: True where the answer should not be trusted without a second look.
         meaning: what it says, in a sentence.
         advice: what to do.
+
+    Example:
+        >>> finding = Finding(
+        ...     name="R-hat of f", value=1.2, threshold=1.01, doubtful=True, meaning="Chains part."
+        ... )
+        >>> finding.value > finding.threshold
+        True
     """
 
     name: str
@@ -43,6 +50,17 @@ class Report:
         title: the method and the number of draws.
         findings: what was found.
         missing: what one would expect and was not looked at: name -> why.
+
+    Example:
+        >>> finding = Finding(
+        ...     name="R-hat of f", value=1.2, threshold=1.01, doubtful=True, meaning="Chains part."
+        ... )
+        >>> Report(title="NUTS(): 4 chains x 100 draws", findings=(finding,))
+        NUTS(): 4 chains x 100 draws
+        1 doubtful of 1 findings
+        <BLANKLINE>
+        ! R-hat of f       1.2  limit 1.01
+            Chains part.
     """
 
     title: str

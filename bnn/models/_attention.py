@@ -19,6 +19,11 @@ class UniformAttention:
     Attributes:
         concentration: total, over all keys. At n every vector of weights is equally likely; below,
             few keys have most of the weight; above, weights come near 1 / n.
+
+    Example:
+        >>> from bnn.models import transformer_classification
+        >>> prior = UniformAttention(concentration=6.0)
+        >>> model = transformer_classification(6, 2, vocabulary=10, layers=1, attention=prior)
     """
 
     concentration: float = 10.0
@@ -40,6 +45,11 @@ class ContextualAttention:
 
     References:
         Fan et al. (2020), Bayesian attention modules, section 3.3, with Gamma distributions.
+
+    Example:
+        >>> from bnn.models import transformer_classification
+        >>> prior = ContextualAttention(concentration=5.0)
+        >>> model = transformer_classification(6, 2, vocabulary=10, layers=1, attention=prior)
     """
 
     concentration: float = 10.0

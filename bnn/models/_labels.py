@@ -18,6 +18,10 @@ class Categorical:
 
     Attributes:
         classes: number of classes, at least 2.
+
+    Example:
+        >>> from bnn.models import MLP, supervised
+        >>> model = supervised(MLP(2, outputs=3), Categorical(3))  # y in {0, 1, 2}
     """
 
     classes: int
@@ -36,7 +40,12 @@ class Categorical:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """y in {0, 1} with P(y = 1) = sigmoid(f)."""
+    """y in {0, 1} with P(y = 1) = sigmoid(f).
+
+    Example:
+        >>> from bnn.models import MLP, supervised
+        >>> model = supervised(MLP(2), Bernoulli())  # y in {0, 1}
+    """
 
     outputs: ClassVar[int] = 1  # of the net, for each target
 
@@ -60,6 +69,10 @@ class Ordinal:
 
     References:
         McCullagh (1980), Regression models for ordinal data, section 2.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(2, likelihood=Ordinal(5))  # grades 0 to 4
     """
 
     classes: int

@@ -34,6 +34,12 @@ class Horseshoe:
     References:
         Piironen, Vehtari (2017), Sparsity information and regularization in the horseshoe and
         other shrinkage priors, eq. 2.8.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(8, prior=Horseshoe(scale=0.1))
+        >>> list(pyro.poutine.trace(model).get_trace(torch.zeros(3, 8)).stochastic_nodes)[:3]
+        ['layers.0.weight.global', 'layers.0.weight.local', 'layers.0.weight.raw']
     """
 
     scale: Scale = "fan_in"
@@ -76,6 +82,10 @@ class ScaleMixture:
 
     References:
         Blundell et al. (2015), Weight uncertainty in neural networks, eq. 7.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(8, prior=ScaleMixture(mixing=0.25, wide=1.0, narrow=0.01))
     """
 
     mixing: float = 0.5

@@ -38,7 +38,21 @@ _LARGEST = 50.0  # log of a count's mean: 5e21, beyond any count, and its sums s
 
 
 class Likelihood(Protocol):
-    """What `supervised` asks of a likelihood."""
+    """What `supervised` asks of a likelihood.
+
+    Example:
+        >>> class Exponential:
+        ...     outputs = 1
+        ...
+        ...     def __call__(self, unit=1.0):
+        ...         def observe(raw, y=None):
+        ...             f = pyro.deterministic("f", raw[:, 0])
+        ...             pyro.sample("y", dist.Exponential(f.exp()), obs=y)
+        ...
+        ...         return observe
+        >>> from bnn.models import MLP, supervised
+        >>> model = supervised(MLP(2), Exponential())
+    """
 
     @property
     def outputs(self) -> int:
@@ -88,6 +102,10 @@ class StudentT:
         df: degrees of freedom.
         scale: as in `Gaussian`, the standard deviation of the noise. For df <= 2 it has none, and
             this is the distribution's own scale parameter.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(2, likelihood=StudentT(df=3.0, scale="predicted"))
     """
 
     df: float = 4.0
@@ -110,7 +128,12 @@ class StudentT:
 
 @dataclass(frozen=True)
 class Poisson:
-    """Counts y ~ Poisson(exp(f)); f counts up to 50 in size, so that exp cannot overflow."""
+    """Counts y ~ Poisson(exp(f)); f counts up to 50 in size, so that exp cannot overflow.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(2, likelihood=Poisson())
+    """
 
     outputs: ClassVar[int] = 1  # of the net, for each target
 
@@ -128,6 +151,10 @@ class NegativeBinomial:
 
     References:
         Cameron, Trivedi (1986), Econometric models based on count data.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(2, likelihood=NegativeBinomial())
     """
 
     outputs: ClassVar[int] = 1  # of the net, for each target

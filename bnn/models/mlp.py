@@ -38,6 +38,10 @@ class MLP(nn.Module):
     Raises:
         ValueError: a width that is not a positive whole number, an unknown activation.
         TypeError: `hidden` is not a sequence.
+
+    Example:
+        >>> MLP(3, hidden=(20, 10), outputs=2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(

@@ -67,6 +67,14 @@ def supervised(
     Raises:
         TypeError: not a module, or not a likelihood.
         ValueError: see `sample_weights`.
+
+    Example:
+        >>> import bnn
+        >>> from bnn.models import likelihoods
+        >>> net = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1))
+        >>> model = supervised(net, likelihoods.Poisson())
+        >>> bnn.prior_predictive(model, torch.zeros(4, 2), draws=10).y.shape
+        torch.Size([1, 10, 4])
     """
     check_net(net)
     if isinstance(likelihood, type) or not hasattr(likelihood, "outputs"):
@@ -107,6 +115,12 @@ def mlp_regression(
 
     Warns:
         UserWarning: a constant column.
+
+    Example:
+        >>> import bnn
+        >>> model = mlp_regression(2, hidden=(10,))
+        >>> bnn.prior_predictive(model, torch.zeros(4, 2), draws=10).y.shape
+        torch.Size([1, 10, 4])
     """
     return _ready(inputs, hidden, outputs, activation, prior, likelihood, standardize)
 
@@ -132,6 +146,12 @@ def mlp_classification(
 
     Raises:
         ValueError, TypeError: see `mlp_regression`.
+
+    Example:
+        >>> import bnn
+        >>> model = mlp_classification(2, 3, hidden=(10,))
+        >>> bnn.prior_predictive(model, torch.zeros(4, 2), draws=10).probs.shape
+        torch.Size([4, 3])
     """
     return _ready(inputs, hidden, 1, activation, prior, Categorical(classes), standardize)
 
@@ -156,6 +176,15 @@ def linear(
 
     Raises:
         ValueError, TypeError: see `mlp_regression`.
+
+    Example:
+        >>> from bnn.models import likelihoods
+        >>> linear(3, likelihood=likelihoods.Bernoulli()).net  # logistic regression
+        MLP(
+          (layers): ModuleList(
+            (0): Linear(in_features=3, out_features=1, bias=True)
+          )
+        )
     """
     return _ready(inputs, (), outputs, "tanh", prior, likelihood, standardize)
 

@@ -83,6 +83,11 @@ class Laplace:
 
     References:
         Williams (1995), Bayesian regularization and pruning using a Laplace prior.
+
+    Example:
+        >>> layer = nn.Linear(4, 1)
+        >>> Laplace(scale=2.0)("weight", layer.weight, layer).stddev
+        tensor([[2., 2., 2., 2.]])
     """
 
     scale: Scale = "fan_in"
@@ -108,6 +113,11 @@ class StudentT:
 
     References:
         Fortuin et al. (2022), Bayesian neural network priors revisited.
+
+    Example:
+        >>> layer = nn.Linear(4, 1)
+        >>> StudentT(df=5.0)("weight", layer.weight, layer).stddev  # 1 / sqrt(4 inputs)
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
 
     df: float = 4.0
@@ -145,6 +155,10 @@ class EmpiricalBayes:
     References:
         MacKay (1992), A practical Bayesian framework for backpropagation networks. Wu et al.
         (2019), Deterministic variational inference for robust Bayesian neural networks.
+
+    Example:
+        >>> from bnn.models import mlp_regression
+        >>> model = mlp_regression(2, prior=EmpiricalBayes(hyperprior=(1.0, 10.0)))  # for bnn.SVI
     """
 
     bias_scale: float = 1.0

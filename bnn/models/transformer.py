@@ -50,6 +50,11 @@ class Transformer(nn.Module):
     References:
         Vaswani et al. (2017), Attention is all you need. Xiong et al. (2020), On layer
         normalization in the transformer architecture (pre-norm).
+
+    Example:
+        >>> net = Transformer(6, 2, vocabulary=10, layers=1)
+        >>> net(torch.zeros(3, 6, dtype=torch.long)).shape
+        torch.Size([3, 2])
     """
 
     past: Tensor
@@ -229,6 +234,11 @@ def transformer_tagging(
 
     Returns:
         The model `model(x, y=None)`, y (row, token).
+
+    Example:
+        >>> model = transformer_tagging(6, 3, vocabulary=10, padding=0, layers=1)
+        >>> model.net(torch.ones(2, 6, dtype=torch.long)).shape  # row, token, label
+        torch.Size([2, 6, 3])
     """
     Categorical(classes)  # its check
     return Tagging(Transformer(tokens, classes, pooled=False, **settings), prior)
@@ -262,6 +272,11 @@ def vit(
     References:
         Dosovitskiy et al. (2021), An image is worth 16x16 words; the label is read off the mean of
         the patches here, not off a token of its own.
+
+    Example:
+        >>> model = vit((8, 8), 10, patch=4, layers=1)
+        >>> model.net(torch.zeros(2, 8, 8)).shape
+        torch.Size([2, 10])
     """
     height, width = image
     if patch < 1 or height % patch or width % patch or not height or not width:

@@ -41,6 +41,11 @@ def coverage(
 
     Raises:
         DataError: y is a label, or has other rows than the prediction.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = coverage(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), x[:, 0])
     """
     named = style.named(predictions)
     observed = torch.as_tensor(np.asarray(y))
@@ -111,6 +116,11 @@ def pit(
 
     Raises:
         DataError: y is a label or has other rows; values outside 0..1; rows that differ.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = pit({"prior": bnn.prior_predictive(bnn.models.linear(1), x, draws=50)}, x[:, 0])
     """
     tests, count = {}, 0
     for name, given in style.named(predictions).items():
@@ -162,6 +172,12 @@ def sbc(
 
     Raises:
         DataError: there is no such quantity.
+
+    Example:
+        >>> import bnn
+        >>> ranks = torch.arange(40)[:, None] % 20
+        >>> result = bnn.SBC(ranks, ("sigma",), 19, torch.zeros(1), {}, 0.0)
+        >>> ax = sbc(result)
     """
     style.require(result, SBC, "sbc", "the result of bnn.sbc")
     names = result.quantities if quantities is None else tuple(quantities)
@@ -227,6 +243,12 @@ def reliability(
 
     Raises:
         DataError: y is not a label, or has other rows than the prediction.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> prediction = bnn.prior_predictive(bnn.models.mlp_classification(1, 2), x, draws=50)
+        >>> ax = reliability(prediction, (x[:, 0] > 0).long())
     """
     observed = torch.as_tensor(np.asarray(y))
     curves = {}

@@ -40,6 +40,11 @@ def functions(
 
     Raises:
         DataError: no such input, column or output; draws is not in 1..all.
+
+    Example:
+        >>> import bnn, torch
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = functions(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), draws=10)
     """
     f = style.f_draws(prediction, output, "functions")
     f = f.reshape(-1, f.shape[-1])
@@ -83,6 +88,11 @@ def trace(
 
     Raises:
         DataError: no such row or output.
+
+    Example:
+        >>> import bnn, torch
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = trace(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), rows=[0, 29])
     """
     f = style.f_draws(prediction, output, "trace").astype(float)  # (chain, draw, row)
     have = f.shape[2]

@@ -47,6 +47,11 @@ def band(
 
     Raises:
         DataError: y is a label or several numbers; there is no such input; x and y differ in rows.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = band(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), (x, x[:, 0]))
     """
     style.numbers_only(prediction, "band", "decomposition")
     style.one_number_a_row(prediction, "band")
@@ -125,6 +130,11 @@ def truth(
 
     Raises:
         DataError: y is a label, or has another number of rows.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = truth(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), x[:, 0], unit="m")
     """
     observed = np.asarray(y)
     style.numbers_only(prediction, "truth", "reliability")

@@ -28,6 +28,11 @@ def compare(table: "pandas.DataFrame", *, title: str = "", ax: "Axes | None" = N
 
     Raises:
         DataError: the table has no log score.
+
+    Example:
+        >>> import bnn, pandas
+        >>> table = pandas.DataFrame({"log_score": [-1.0], "log_score_se": [0.1]}, index=["nuts"])
+        >>> ax = compare(table)
     """
     columns: Any = getattr(table, "columns", ())
     if not {"log_score", "log_score_se"} <= set(columns) or not len(table):
@@ -84,6 +89,12 @@ def diagnose(report: Report, *, title: str = "", ax: "Axes | None" = None) -> "A
     Raises:
         TypeError: something else than a report.
         DataError: no finding has a limit.
+
+    Example:
+        >>> finding = Finding(
+        ...     name="R-hat of f", value=1.2, threshold=1.01, doubtful=True, meaning="Chains part."
+        ... )
+        >>> ax = diagnose(Report(title="a fit", findings=(finding,)))
     """
     style.require(report, Report, "diagnose", "posterior.diagnose()")
     limited = [each for each in report.findings if each.threshold is not None]

@@ -36,6 +36,9 @@ def history(
 
     Raises:
         DataError: a posterior has no history.
+
+    Example:
+        >>> ax = history({"Adam": [-9.0, -4.0, -2.0, -1.5, -1.4], "SGD": [-9.0, -8.0, -7.0]})
     """
     found = {name: _history(name, given) for name, given in style.named(posteriors).items()}
     ax = style.axes(ax)
@@ -115,6 +118,14 @@ def members(
 
     Raises:
         DataError: f has several outputs; the axes given are not as many as are drawn.
+
+    Example:
+        >>> import bnn, torch, warnings
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> method = bnn.DeepEnsemble(members=3, steps=50, snapshots=4)
+        >>> with warnings.catch_warnings(action="ignore"):  # so few steps do not suffice
+        ...     fitted = bnn.fit(bnn.models.mlp_regression(1, (5,)), x, x[:, 0], method=method)
+        >>> panels = members(fitted, x, data=(x, x[:, 0]), copies=2)
     """
     frames = _frames(posterior, "members")
     alone = ax is not None and not isinstance(ax, Sequence | np.ndarray)
@@ -177,6 +188,14 @@ def members_film(
 
     Raises:
         DataError: the posterior has no snapshots; f has several outputs.
+
+    Example:
+        >>> import bnn, torch, warnings
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> method = bnn.DeepEnsemble(members=3, steps=50, snapshots=4)
+        >>> with warnings.catch_warnings(action="ignore"):  # so few steps do not suffice
+        ...     fitted = bnn.fit(bnn.models.mlp_regression(1, (5,)), x, x[:, 0], method=method)
+        >>> film = members_film(fitted, x)  # film.save("ensemble.gif")
     """
     from matplotlib.animation import FuncAnimation
 

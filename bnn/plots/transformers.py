@@ -51,6 +51,15 @@ def attention(
     Raises:
         ModelError: there is no such site.
         DataError: no such row; another number of tokens.
+
+    Example:
+        >>> import bnn, warnings
+        >>> model = bnn.models.transformer_classification(4, 2, vocabulary=5, width=8, heads=2)
+        >>> x = torch.randint(5, (20, 4), generator=torch.Generator().manual_seed(0))
+        >>> with warnings.catch_warnings(action="ignore"):  # so few steps do not suffice
+        ...     fitted = bnn.fit(model, x, x[:, 0] % 2, method=bnn.SVI(steps=10, draws=5))
+        >>> attention(fitted, x).shape  # mean and deviation of each head
+        (2, 2)
     """
     from matplotlib import pyplot
 
@@ -124,6 +133,13 @@ def saliency(
     Raises:
         DataError: y is no label, or one a token; no such row; another number of tokens.
         ModelError: the output does not depend on the input by a gradient.
+
+    Example:
+        >>> import bnn, warnings
+        >>> model, x = bnn.models.mlp_classification(3, 2, hidden=(4,)), torch.randn(20, 3)
+        >>> with warnings.catch_warnings(action="ignore"):  # so few steps do not suffice
+        ...     fitted = bnn.fit(model, x, (x[:, 0] > 0).long(), method=bnn.SVI(steps=10, draws=5))
+        >>> ax = saliency(fitted, x, tokens=["age", "weight", "height"])
     """
     from matplotlib import pyplot
 

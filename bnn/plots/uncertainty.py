@@ -39,6 +39,11 @@ def decomposition(
 
     Raises:
         DataError: rows of several outputs; no such column; a noise without variance.
+
+    Example:
+        >>> import bnn, torch
+        >>> x = torch.linspace(-1, 1, 30)[:, None]
+        >>> ax = decomposition(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), unit="m")
     """
     style.require(prediction, Prediction, "decomposition", "posterior.predict(x)")
     style.one_number_a_row(prediction, "decomposition")
@@ -95,6 +100,11 @@ def risk_coverage(
 
     Raises:
         TypeError: other things than curves.
+
+    Example:
+        >>> import bnn
+        >>> curve = bnn.selective.risk_coverage([0.1, 0.2, 0.9], [0.0, 0.0, 1.0])
+        >>> ax = risk_coverage({"entropy": curve}, risk="error rate")
     """
     named = style.named(curves)
     for curve in named.values():
