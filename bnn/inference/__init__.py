@@ -1,5 +1,6 @@
-"""Ways to approximate a posterior: one method, one file."""
+"""Ways to approximate a posterior: one method, one file; and `Energy`, what most are made of."""
 
+from bnn.inference._energy import Energy
 from bnn.inference.concrete_dropout import ConcreteDropout
 from bnn.inference.deep_ensemble import DeepEnsemble
 from bnn.inference.dirichlet_attention import DirichletAttention
@@ -26,6 +27,7 @@ __all__ = [
     "ConcreteDropout",
     "DeepEnsemble",
     "DirichletAttention",
+    "Energy",
     "GFlowOut",
     "Laplace",
     "MCDropout",

@@ -54,7 +54,30 @@ class Slot:
 
 
 class Energy:
-    """The log joint density of a model and data over a flat vector z, (..., size)."""
+    """The log joint density of a model and data over a flat vector z, (..., size).
+
+    Args:
+        model: the user's model.
+        data: its arguments, checked.
+        sites: what the contract check found in it.
+
+    Attributes:
+        size: entries of z.
+        slots: where each site lies in z, in the model's order.
+
+    Example:
+        >>> import bnn
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> fitted = bnn.fit(bnn.models.linear(1), x, x[:, 0], method=bnn.MAP(steps=300))
+        >>> energy = Energy(fitted.model, fitted.data, fitted.sites)  # a method's fit is given them
+        >>> [slot.name for slot in energy.slots], energy.size
+        (['layers.0.weight', 'layers.0.bias', 'sigma'], 3)
+        >>> z = torch.zeros(5, energy.size)  # five chains
+        >>> energy.batched(lambda one: energy.log_joint(one, fitted.data.tensors), z).shape
+        torch.Size([5])
+        >>> energy.unflatten(z)["sigma"]  # exp(0)
+        tensor([1., 1., 1., 1., 1.])
+    """
 
     def __init__(self, model: Model, data: Data, sites: Sites):
         self.model, self.data, self.sites = model, data, sites

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from own_method import Metropolis
 
 import bnn
 
@@ -51,6 +52,7 @@ METHODS = {
     "sghmc_cyclical": bnn.SGHMC(chains=2, warmup=200, steps=300, draws=40, cycles=3),
     "sgld": bnn.SGLD(chains=1, warmup=200, steps=300, draws=40),
     "swag": bnn.SWAG(steps=1_000, collection=300, rank=10, draws=30, batch_size=10),
+    "own_method": Metropolis(chains=2, warmup=300, draws=40),  # of the how-to
     "swag_restarts": bnn.SWAG(steps=1_000, collection=300, rank=10, draws=30, restarts=2),
     "gflowout": bnn.GFlowOut(steps=300, draws=60),
     "id_gflowout": bnn.GFlowOut(conditional=False, steps=300, draws=60),
@@ -293,7 +295,7 @@ def test_repr_evaluates_back(name):
     method = METHODS[name]
     if name == "svi_autoguide":
         pytest.skip("a guide class prints as Python prints classes")
-    assert eval(repr(method), vars(bnn)) == method
+    assert eval(repr(method), vars(bnn) | bnn.method.METHODS) == method
     assert method == pickle.loads(pickle.dumps(method))
     with pytest.raises(AttributeError):
         method.draws = 3
