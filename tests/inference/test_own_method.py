@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import warnings
 
 import own_method
 import pyro
@@ -48,6 +49,18 @@ def test_it_needs_no_gradient():
     posterior = bnn.fit(step, y, method=SHORT, progress=False)
     share = (posterior.draws["w"] > 0).double()
     assert_exact(share, exact, (exact * (1 - exact)).sqrt(), ratio=(0.9, 1.1))
+
+
+def test_it_is_kept_and_loaded(tmp_path):
+    exact = Regression.make()
+    method = Metropolis(chains=2, warmup=50, draws=10, thin=1)
+    fit = lambda: bnn.fit(exact.model, exact.x, exact.y, method=method, checkpoint=tmp_path / "run")
+    with warnings.catch_warnings(action="ignore"):  # so short a run does not converge
+        first = fit()
+    assert torch.equal(fit().draws["w"], first.draws["w"])  # read, not run
+    again = bnn.load(tmp_path / "run", exact.model)
+    assert again.method == method
+    assert torch.equal(again.predict(exact.x).y, first.predict(exact.x).y)
 
 
 def test_it_refuses_what_it_cannot_do():
