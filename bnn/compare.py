@@ -94,7 +94,7 @@ def compare(
     rows = {name: _row(name, posterior, data) for name, posterior in posteriors.items()}
     table = pandas.DataFrame.from_dict(rows, orient="index")
     table.index.name = "held out" if data is not None else "leave one out"
-    absent = [k for k in ("elbo", "log_evidence") if table[k].isna().all()]
+    absent = [k for k in ("elbo", "log_evidence") if bool(table[k].isna().all())]
     table = table.drop(columns=absent).sort_values("log_score", ascending=False)
     return _marked(table, posteriors, in_sample=data is None)
 
