@@ -74,14 +74,14 @@ def _behind(energy: Energy, z: Tensor, last: LinearMap) -> list[str]:
     """Sites that f depends on by another way than through a map's output."""
     out = last()
 
-    def f(z: Tensor) -> Tensor | None:
+    def f(z: Tensor) -> Tensor:
         held = Rewired({last.site: lambda _: out})
         with torch.no_grad(), held, At(energy.values(z)), Capture("") as seen:
             energy.model(*energy.few)
-        return seen.values.get("f")
+        return seen.values.get("f", torch.zeros(()))  # of a model that announces none
 
     plain, found = f(z), []
-    for slot in energy.slots if plain is not None else ():
+    for slot in energy.slots:
         if slot.name not in (last.site, last.bias):
             moved = z.clone()
             moved[slot.span] += 0.1 + 0.1 * z[slot.span].abs()
