@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.errors import ModelError
+from bnn.errors import DataError, ModelError
 from bnn.prediction import Prediction
 from bnn.prior import prior_draws
 
@@ -28,7 +28,12 @@ Variables = dict[str, tuple[Sequence[str], np.ndarray]]
 """A group: variable -> names of its axes, and its array."""
 
 
-def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> Any:
+def to_arviz(
+    posterior: "Posterior",
+    predictions: Prediction | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
     """The posterior as an ArviZ object.
 
     Groups: posterior, posterior_predictive (f and y at the training rows), log_likelihood,
@@ -38,7 +43,7 @@ def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> A
     loader, log_likelihood where the rows are one statement.
 
     Axes: chain, draw, row; for an input of two axes its columns, by name where it had names; and
-    <variable>_dim_<axis> for the rest.
+    <variable>_dim_<axis> for the rest, or what `dims` calls them.
     """
     data, sites = posterior.data, posterior.sites
     y = sites.observed
@@ -63,7 +68,50 @@ def to_arviz(posterior: "Posterior", predictions: Prediction | None = None) -> A
         groups["predictions"] = _predictive(predictions, y)
         groups["predictions_constant_data"] = _inputs(data, predictions.inputs)
     columns = {f"{name}_column": names for name, names in data.columns.items()}
-    return from_groups(groups, columns, _attributes(posterior))
+    labels = {**columns, **(coords or {})}
+    return from_groups(_called(groups, dims or {}, labels), labels, _attributes(posterior))
+
+
+def _called(
+    groups: Mapping[str, Variables],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Sequence[Any]],
+) -> dict[str, Variables]:
+    """The groups with the axes of some variables called by the user.
+
+    Raises:
+        DataError: no such variable, another number of axes, or labels for another number of places.
+    """
+    known: dict[str, list[str]] = {}
+    for group in groups.values():
+        for name, (axes, _) in group.items():
+            known[name] = [axis for axis in axes if axis.startswith(f"{name}_dim_")]
+    named = {}
+    for name, given in dims.items():
+        own = known.get(name, [])
+        if isinstance(given, str) or not own or len(own) != len(given):
+            raise DataError(
+                f'dims["{name}"] is {given!r}, and "{name}" has {len(own)} axes without a name. '
+                f"Pass a list of names; of such axes {_counted(known) or 'no variable has any'}."
+            )
+        named |= dict(zip(own, given, strict=True))
+    called = {
+        group: {k: ([named.get(axis, axis) for axis in axes], v) for k, (axes, v) in each.items()}
+        for group, each in groups.items()
+    }
+    for group in called.values():
+        for name, (axes, array) in group.items():
+            for axis, size in zip(axes, array.shape, strict=True):
+                if len(coords.get(axis, range(size))) != size:
+                    raise DataError(
+                        f'coords["{axis}"] has {len(coords[axis])} labels, and that axis of '
+                        f'"{name}" has {size} places.'
+                    )
+    return called
+
+
+def _counted(known: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(f'"{name}" has {len(axes)}' for name, axes in known.items() if axes)
 
 
 def from_groups(

@@ -1,7 +1,7 @@
 """Posterior: draws of a model's weights, whatever the method, and what can be done with them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -299,15 +299,28 @@ class Posterior:
         """
         return log_score(self.log_likelihood(*data))
 
-    def to_arviz(self, *, predictions: Prediction | None = None) -> Any:
+    def to_arviz(
+        self,
+        *,
+        predictions: Prediction | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Any:
         """An ArviZ object: `InferenceData` on 0.x, `DataTree` on 1.x, the same groups on both.
 
         Args:
             predictions: from `predict`; becomes the groups predictions, predictions_constant_data.
+            dims: variable -> what to call its own axes; default <variable>_dim_<axis>. Columns of
+                an input x are the axis "x_column", with the names that they had: for a weight of
+                each, `dims={"w": ["x_column"]}`.
+            coords: axis -> labels of its places; default 0, 1, 2, ...
+
+        Raises:
+            DataError: no such variable; another number of axes, or of labels.
         """
         from bnn.export import to_arviz
 
-        return to_arviz(self, predictions)
+        return to_arviz(self, predictions, dims, coords)
 
     def diagnose(self, *inputs: Any) -> "Report":
         """What can be said of the fit itself: has it reached the posterior, or anything at all.

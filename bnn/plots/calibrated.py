@@ -48,7 +48,7 @@ def coverage(
         >>> ax = coverage(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), x[:, 0])
     """
     named = style.named(predictions)
-    observed = torch.as_tensor(np.asarray(y))
+    observed = torch.tensor(np.asarray(y))
     for prediction in named.values():
         style.numbers_only(prediction, "coverage", "reliability")
     levels = torch.linspace(0.05, 0.95, 19)
@@ -250,7 +250,7 @@ def reliability(
         >>> prediction = bnn.prior_predictive(bnn.models.mlp_classification(1, 2), x, draws=50)
         >>> ax = reliability(prediction, (x[:, 0] > 0).long())
     """
-    observed = torch.as_tensor(np.asarray(y))
+    observed = torch.tensor(np.asarray(y))
     curves = {}
     for name, prediction in style.named(predictions).items():
         style.require(prediction, Prediction, "reliability", "posterior.predict(x)")

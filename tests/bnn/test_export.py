@@ -138,6 +138,24 @@ def test_columns_keep_their_names():
         np.testing.assert_array_equal(tree[group]["x"].sel(x_column="bmi")[:5], X[:5, 1])
 
 
+def test_axes_have_the_names_and_labels_that_the_user_gives():
+    posterior = bnn.fit(by_hand, pd.DataFrame(X.numpy(), columns=["age", "bmi"]), Y, method=TINY)
+    tree = posterior.to_arviz(
+        dims={"w": ["x_column"], "twice": ["side"]}, coords={"side": ["left", "right"]}
+    )
+    for group in ("posterior", "prior"):
+        assert axes(tree, group)["w"] == ("x_column",)
+        assert list(tree[group].coords["x_column"].values) == ["age", "bmi"]
+    assert list(tree["posterior"].coords["side"].values) == ["left", "right"]
+    w = tree["posterior"]["w"].sel(x_column="bmi")
+    np.testing.assert_array_equal(w, posterior.draws["w"][..., 1])
+    for wrong in ({"v": ["a"]}, {"w": ["a", "b"]}, {"w": "a"}):
+        with pytest.raises(bnn.DataError, match=r'"w" has 1, "twice" has 1'):
+            posterior.to_arviz(dims=wrong)
+    with pytest.raises(bnn.DataError, match=r'coords\["side"\] has 3 labels.*"twice" has 2'):
+        posterior.to_arviz(dims={"twice": ["side"]}, coords={"side": "abc"})
+
+
 def test_a_model_without_inputs_has_no_constant_data():
     tree = export(without_inputs, [3, 1, 4, 2])
     assert groups(tree) == ALL - {"constant_data"} | {"predictions"}

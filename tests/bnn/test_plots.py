@@ -174,6 +174,14 @@ def test_the_band_of_chance_counts_rows_not_outputs():
     assert np.allclose(one, other)
 
 
+@pytest.mark.filterwarnings("error")
+def test_observations_may_be_pandas_objects():
+    plots.coverage(numbers(), pandas.Series(Y.numpy()))
+    plots.truth(numbers(), pandas.Series(Y.numpy()))
+    plots.pit(numbers(), pandas.Series(Y.numpy()))
+    plots.reliability(labels(), pandas.Series(LABELS.numpy()))
+
+
 def test_reliability_draws_the_share_of_right_labels():
     ax = plots.reliability(labels(), LABELS, bins=1)
     line = next(line for line in ax.get_lines() if len(line.get_xdata()) == 1)
