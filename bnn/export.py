@@ -95,7 +95,7 @@ def _called(
                 f"Pass a list of names; of such axes {_counted(known) or 'no variable has any'}."
             )
         named |= dict(zip(own, given, strict=True))
-    called = {
+    called: dict[str, Variables] = {
         group: {k: ([named.get(axis, axis) for axis in axes], v) for k, (axes, v) in each.items()}
         for group, each in groups.items()
     }

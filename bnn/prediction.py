@@ -27,6 +27,8 @@ from bnn.sites import Sites, require_every_row
 
 _ROWS = 512  # rows in a block: what one forward pass and one stretch of random numbers cover
 _CELLS = 65_536  # draws x rows in a forward pass: 26 MB at 100 float32 units a row
+_OUTCOMES = 400  # draws of y that quantiles are read off, at least: an end of 90 % to .1 sd
+_AGAIN = " y"  # no site has this name
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class Prediction:
             what a method added to a seam for all rows alike ("hidden.0.mask", a view without
             memory of its own), each (chain, draw, row, *).
         inputs: the rows predicted.
+        outcomes: draws of y that quantiles are read off: y itself or, where there are fewer than
+            400 (an ensemble's), y drawn several times at each draw, (chain, draw*times, row, *).
 
     Example:
         >>> import bnn
@@ -67,6 +71,11 @@ class Prediction:
     probs: Tensor | None = None
     local: dict[str, Tensor] = field(default_factory=dict)
     inputs: tuple[Tensor, ...] = ()
+    outcomes: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.outcomes is None:
+            object.__setattr__(self, "outcomes", self.y)
 
     @property
     def total(self) -> Tensor:
@@ -107,7 +116,7 @@ class Prediction:
 
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""
-        pooled = self.y.flatten(0, 1)  # (chain*draw, row, *)
+        pooled = self.outcomes.flatten(0, 1)  # (chain*draw*times, row, *)
         q = torch.as_tensor(q, dtype=torch.float64)
         if bool(((q < 0) | (q > 1)).any()):
             raise ValueError(f"A quantile lies in 0..1, found {q.tolist()}.")
@@ -396,6 +405,7 @@ class _Pooled:
 
     def __init__(self, count: int, rows: int | None):
         self.count, self.rows = count, rows
+        self.times = math.ceil(_OUTCOMES / count)
         self.kept: dict[str, Tensor] = {}
         self.sums: dict[int, dict[str, Any]] = {}
         self.labels = False
@@ -410,6 +420,8 @@ class _Pooled:
             values["f"] = moments.expectation
         values["y"] = y
         values.setdefault("f", y)
+        if self.times > 1:
+            values[_AGAIN] = torch.stack([fn.sample() for _ in range(self.times)], -1)
         for name, value in values.items():
             self._keep(name, part, first, value)
         centre = y if moments.expectation is None else moments.expectation
@@ -443,7 +455,12 @@ class _Pooled:
         self.sums[first] = new
 
     def prediction(self, shape: tuple[int, int], inputs: tuple[Tensor, ...]) -> Prediction:
+        again = self.kept.pop(_AGAIN, None)  # (draw, row, *, times)
         draws = {k: v.reshape(*shape, *v.shape[1:]) for k, v in self.kept.items()}
+        outcomes = draws["y"]
+        if again is not None:
+            again = again.movedim(-1, 1)
+            outcomes = again.reshape(shape[0], shape[1] * self.times, *again.shape[2:])
         dtype = draws["f"].dtype if draws["f"].is_floating_point() else torch.get_default_dtype()
 
         def joined(name: str) -> Tensor:
@@ -457,4 +474,6 @@ class _Pooled:
         else:
             epistemic, mean, probs = joined("spread") / self.count, centre, None
         local = {k: v for k, v in draws.items() if k not in ("f", "y")}
-        return Prediction(draws["f"], draws["y"], mean, noise, epistemic, probs, local, inputs)
+        return Prediction(
+            draws["f"], draws["y"], mean, noise, epistemic, probs, local, inputs, outcomes
+        )

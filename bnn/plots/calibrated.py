@@ -53,7 +53,7 @@ def coverage(
         style.numbers_only(prediction, "coverage", "reliability")
     levels = torch.linspace(0.05, 0.95, 19)
     shares = {
-        name: calibration.interval_coverage(prediction.y, observed, levels).cpu()
+        name: calibration.interval_coverage(prediction.outcomes, observed, levels).cpu()
         for name, prediction in named.items()
     }
     ax = style.axes(ax)
@@ -128,8 +128,8 @@ def pit(
             values, cells = _values(given), _POINTS
         else:
             style.numbers_only(given, "pit", "reliability")
-            values = calibration.pit(given.y, y)
-            draws = given.y.shape[0] * given.y.shape[1]
+            values = calibration.pit(given.outcomes, y)
+            draws = given.outcomes.shape[0] * given.outcomes.shape[1]
             # y has S + 1 places among S draws, a cell for each where they are few
             values, cells = (draws * values + 0.5) / (draws + 1), min(draws + 1, _POINTS)
         tests[name or "observed"] = calibration.uniformity(

@@ -33,7 +33,7 @@ def band(
 
     The inner one is epistemic: what more rows would take away. The outer one adds the noise, so
     that what it has beyond the inner is aleatoric. Both are read off the draws; of fewer than 400,
-    as of an ensemble, they are those of a Gaussian with the variance of the mixture.
+    as of an ensemble's mean functions, they are those of a Gaussian with their variance.
 
     Args:
         prediction: of rows whose observation is a number, such as `posterior.predict(grid)`.
@@ -61,7 +61,7 @@ def band(
     ax = style.axes(ax)
     mean = prediction.mean.cpu().double()
     spread = prediction.epistemic.cpu().double()
-    outer = _interval(prediction.y, mean, prediction.total.cpu().double(), level)
+    outer = _interval(prediction.outcomes, mean, prediction.total.cpu().double(), level)
     inner = _interval(_expected(prediction), mean, spread, level)
     drawn = (
         (outer, style.ALEATORIC, "of y: with noise"),

@@ -248,7 +248,7 @@ def test_blocks_of_rows_do_not_change_the_result(rows, monkeypatch):
 def test_quantiles_of_many_draws(rows):
     posterior = bnn.fit(by_hand, *rows, method=SHORT)
     got = posterior.predict(rows[0])
-    pooled = got.y.flatten(0, 1)
+    pooled = got.outcomes.flatten(0, 1)
     torch.testing.assert_close(got.quantile(0.3), pooled.quantile(0.3, dim=0))
     lower, upper = got.interval(0.8)
     torch.testing.assert_close(lower, pooled.quantile(0.1, dim=0))
@@ -257,6 +257,40 @@ def test_quantiles_of_many_draws(rows):
         got.quantile(1.5)
     with pytest.raises(ValueError, match="level"):
         got.interval(90)
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_quantiles_of_an_ensemble_are_those_of_its_mixture(lifted, rows, monkeypatch):
+    """Read off one y for each of 5 members, an interval of 90 % would hold about 60 %."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", x @ w)
+            pyro.sample("y", dist.Normal(f, 0.5), obs=y)
+
+    x, y = rows
+    posterior = bnn.fit(model, x, y, method=bnn.MAP(draws=5), progress=False)
+    if not lifted:
+        monkeypatch.setattr(prediction._Forward, "_lifted", _refuse)
+    got = posterior.predict(x)
+    assert got.y.shape[:2] == got.f.shape[:2] == (1, 5)
+    assert got.outcomes.shape == (1, 400, *y.shape)
+    lower, upper = got.interval(0.9)
+    # an end of 400 draws has an error of .106 sd, and the mean of the rows .106 / sqrt(rows)
+    error = 0.5 * 0.106 / len(x) ** 0.5
+    assert float((upper - got.mean).mean()) == pytest.approx(1.645 * 0.5, abs=4 * error)
+    assert float((got.mean - lower).mean()) == pytest.approx(1.645 * 0.5, abs=4 * error)
+    noise = torch.Generator().manual_seed(1)
+    new = got.mean + 0.5 * torch.randn(200, *y.shape, generator=noise)
+    inside = ((new > lower) & (new < upper)).double().mean()
+    assert float(inside) == pytest.approx(0.9, abs=0.02)
+
+
+def test_outcomes_of_many_draws_are_y(rows):
+    posterior = bnn.fit(by_hand, *rows, method=bnn.MAP(draws=400))
+    got = posterior.predict(rows[0])
+    assert got.outcomes.data_ptr() == got.y.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
