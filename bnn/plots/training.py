@@ -1,7 +1,7 @@
 """Training: the objective from step to step, and an ensemble's functions on their way."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,22 +154,19 @@ def members(
         style.legend_below(where[0], 3)
         return where[0]
     if ax is None:
-        handles, told = where[0].get_legend_handles_labels()
-        where[0].figure.legend(
-            handles, told, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
-        )
+        _legend_of_all(where[0])
     return where
 
 
 def members_film(
-    posterior: Posterior,
+    posteriors: "Posterior | Mapping[str, Posterior]",
     *inputs: Any,
     data: Sequence[Any] | None = None,
     column: int = 0,
     unit: str = "",
     label: str = "x",
     interval: float = 100.0,
-    ax: "Axes | None" = None,
+    ax: "Axes | Sequence[Axes] | None" = None,
 ) -> "FuncAnimation":
     """The same as a film: a matplotlib animation, one picture for each snapshot.
 
@@ -177,17 +174,18 @@ def members_film(
     `IPython.display.HTML(film.to_jshtml())`.
 
     Args:
-        posterior: of an ensemble fitted with snapshots.
+        posteriors: of an ensemble fitted with snapshots, or several by name, side by side; one that
+            has fewer of them stays at its end.
         *inputs: rows to predict at, a grid of the first input.
         data: (x, y) to draw as points.
         column: of the first input, to draw along.
         unit: of f.
         label: of the input, its unit included.
         interval: between pictures, milliseconds.
-        ax: where to draw; default a new figure.
+        ax: where to draw, one axes for each posterior; default a new figure.
 
     Raises:
-        DataError: the posterior has no snapshots; f has several outputs.
+        DataError: a posterior has no snapshots; f has several outputs; another number of axes.
 
     Example:
         >>> import bnn, torch, warnings
@@ -199,32 +197,74 @@ def members_film(
     """
     from matplotlib.animation import FuncAnimation
 
+    named = style.named(posteriors)
+    reels = {name: _reel(posterior) for name, posterior in named.items()}
+    points = style.points(data, column, "members_film")
+    given: Any = ax
+    if isinstance(ax, Iterable):
+        where = list(given)
+    else:
+        where = [style.axes(given)] if len(reels) == 1 else _grid(len(reels))
+    if len(where) != len(reels):
+        raise DataError(f"{len(reels)} films are drawn, and {len(where)} axes were given.")
+    draws, limits = [], []
+    for each, (name, frames) in zip(where, reels.items(), strict=True):
+        curves = [_curves(frame, inputs, column) for frame in frames]
+        draws.append(_moving(each, [f"{name}, {_step(f)}".lstrip(", ") for f in frames], curves))
+        _dots(each, points)
+        limits.append(_limits(curves[-1][1], points))
+        each.set(xlabel=label, ylabel=style.within("f", unit), ylim=limits[-1])
+        each.margins(x=0.01)
+        if len(where) == 1:
+            style.legend_below(each, 3)
+    if ax is None and len(where) > 1:
+        where[0].set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        for each in where:
+            each.label_outer()
+        _legend_of_all(where[0])
+    figure: Any = where[0].figure
+    return FuncAnimation(
+        figure,
+        lambda i: [artist for draw in draws for artist in draw(i)],
+        frames=max(map(len, reels.values())),
+        interval=interval,
+        blit=False,
+    )
+
+
+def _reel(posterior: Any) -> list[Posterior]:
     style.require(posterior, Posterior, "members_film", "a posterior")
-    frames = posterior.frames
-    if not frames:
+    if not posterior.frames:
         raise DataError(
             "The posterior has no snapshots. Fit it with some: bnn.DeepEnsemble(snapshots=50)."
         )
-    curves = [_curves(frame, inputs, column) for frame in frames]
-    points = style.points(data, column, "members_film")
-    ax = style.axes(ax)
-    _dots(ax, points)
+    return posterior.frames
+
+
+def _moving(
+    ax: Any, titles: list[str], curves: "list[tuple[np.ndarray, np.ndarray]]"
+) -> Callable[[int], list[Any]]:
+    """Draws the first picture; what is returned puts the i-th, or the last, in its place."""
     lines, middle = _member_lines(ax, *curves[0])
-    ax.set(xlabel=label, ylabel=style.within("f", unit), ylim=_limits(curves[-1][1], points))
-    ax.margins(x=0.01)
-    style.legend_below(ax, 3)
-    head = ax.set_title(_step(frames[0]))
+    head = ax.set_title(titles[0])
 
     def draw(i: int) -> list[Any]:
+        i = min(i, len(curves) - 1)
         f = curves[i][1]
         for line, values in zip(lines, f, strict=True):
             line.set_ydata(values)
         middle.set_ydata(f.mean(0))
-        head.set_text(_step(frames[i]))
+        head.set_text(titles[i])
         return [*lines, middle, head]
 
-    figure: Any = ax.figure
-    return FuncAnimation(figure, draw, frames=len(frames), interval=interval, blit=False)
+    return draw
+
+
+def _legend_of_all(ax: Any) -> None:
+    handles, told = ax.get_legend_handles_labels()
+    ax.figure.legend(
+        handles, told, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
 
 
 def _frames(posterior: Posterior, plot: str) -> list[Posterior]:

@@ -472,6 +472,22 @@ def test_the_film_has_a_picture_of_each_snapshot():
         plots.members_film(fitted(0), X[:, None])
 
 
+def test_a_film_of_several_posteriors_has_a_panel_for_each():
+    few, many = fitted(2), fitted(4)
+    film = plots.members_film({"few": few, "many": many}, X[:, None], data=(X, Y))
+    left, right = pyplot.gcf().axes
+    film._func(3)
+    assert left.get_title() == f"few, step {len(few.frames[-1].history)}"
+    assert right.get_title() == f"many, step {len(many.frames[3].history)}"
+    for ax, frame in ((left, few), (right, many.frames[3])):
+        mean = frame.predict(X[:, None]).f[0].mean(0).flip(0)
+        assert line_of(ax, "their mean")[1] == pytest.approx(mean.numpy(), abs=1e-6)
+    assert left.get_ylim() == right.get_ylim()
+    film._draw_was_started = True
+    with pytest.raises(DataError, match="2 films are drawn, and 1 axes"):
+        plots.members_film({"few": few, "many": many}, X[:, None], ax=[left])
+
+
 def test_pit_draws_the_departure_from_uniform_and_its_band():
     ax = plots.pit(numbers(), Y)
     x, drawn = line_of(ax, "observed")
