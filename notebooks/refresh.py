@@ -4,6 +4,7 @@ Without arguments all of them. What is stored is what a run gives and nothing of
 ran, so that a rerun on one machine leaves the same bytes.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+CELL = re.compile(r"\S*ipykernel_\d+\S+\.py:\d+: ")  # where a warning was raised: a file of the run
 
 
 def refresh(path: Path) -> None:
@@ -29,6 +31,9 @@ def refresh(path: Path) -> None:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         cell.metadata = {}
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                output.text = CELL.sub("", output.text)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
