@@ -10,7 +10,7 @@ They take what a `Prediction` holds, or any tensors, NumPy arrays or lists of th
 
     prediction = posterior.predict(x_test)
     bnn.calibration.ece(prediction.probs, y_test)
-    bnn.calibration.crps(prediction.y, y_test).mean()
+    bnn.calibration.crps(prediction.outcomes, y_test).mean()
     bnn.calibration.joint_log_score(posterior.log_likelihood(x_test, y_test))
 """
 
