@@ -40,6 +40,7 @@ from bnn.prior import prior_predictive
 from bnn.reference import reference
 from bnn.run import Checkpoint
 from bnn.simulation import SBC, sbc
+from bnn.summary import Summary
 
 __all__ = [
     "MAP",
@@ -73,6 +74,7 @@ __all__ = [
     "RandomizedPriors",
     "Report",
     "ResumeMismatch",
+    "Summary",
     "calibration",
     "compare",
     "conformal",

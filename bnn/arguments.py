@@ -1,6 +1,7 @@
 """Arguments: what the user passes, against what the model takes and what it was fitted to."""
 
 import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,32 @@ def _first_batch(loader: DataLoader) -> tuple[Any, ...]:
             "tuples of the model's arguments. Wrap the data: TensorDataset(x, y)."
         )
     return tuple(batch)
+
+
+def is_stream(args: tuple[Any, ...]) -> bool:
+    """True of one iterable of batches: a DataLoader, a generator; no array, list or table."""
+    if len(args) != 1 or isinstance(args[0], Sequence | Mapping | Set):
+        return False
+    array = hasattr(args[0], "shape") or hasattr(args[0], "__array__")
+    return isinstance(args[0], Iterable) and not array
+
+
+def check_batches(batches: Iterable[Any], data: Data) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of inputs, or of inputs and observations, with the training data's dtypes.
+
+    Raises:
+        DataError: see `check_inputs`; or some batches have observations and some have not.
+    """
+    inputs, scored = len(data.names) - 1, None
+    if not inputs:
+        raise DataError("The model has no inputs, so no batch tells a row. Call predict().")
+    for batch in batches:
+        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        whole = len(args) == inputs + 1
+        if scored not in (None, whole):
+            raise DataError("Some batches hold observations and some do not. Give all or none.")
+        scored = whole
+        yield check_arguments(args, data) if whole else check_inputs(args, data)
 
 
 def check_inputs(inputs: tuple[Any, ...], data: Data) -> tuple[Tensor, ...]:

@@ -1,16 +1,19 @@
 """Posterior: draws of a model's weights, whatever the method, and what can be done with them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from bnn import arguments, contract, markup
 from bnn.calibration import log_score
+from bnn.chunks import in_chunks
 from bnn.data import Data, take, take_filled
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
@@ -24,16 +27,18 @@ from bnn.handlers import (
     unvalidated,
 )
 from bnn.method import Method, Model, Tensors, name_of
-from bnn.prediction import Prediction, predict, runs_on
+from bnn.prediction import ROWS, Prediction, predict, rows_together
 from bnn.sites import Sites, require_every_row
+from bnn.summary import QUANTILES, Summary, checked_levels, summarize
 
 if TYPE_CHECKING:
     import os
 
+    from torch.utils.data import DataLoader
+
     from bnn.diagnostics import Report
 
 _PREDICT, _LIKELIHOOD = 1, 2  # branches of the seed tree, apart from the fit's
-_ROWS, _CELLS = 512, 65_536
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,6 +129,19 @@ class Posterior:
             for i, step in enumerate(steps)
         ]
 
+    @overload
+    def predict(
+        self,
+        batches: "DataLoader | Iterator[Any]",
+        /,
+        *,
+        draws: int | None = None,
+        seed: int = 0,
+        mode: Literal["draws", "mean"] = "draws",
+        quantiles: Iterable[float] = QUANTILES,
+    ) -> Summary: ...
+
+    @overload
     def predict(
         self,
         *inputs: Any,
@@ -131,23 +149,37 @@ class Posterior:
         seed: int = 0,
         seams: Sequence[str] = (),
         mode: Literal["draws", "mean"] = "draws",
-    ) -> Prediction:
+    ) -> Prediction: ...
+
+    def predict(
+        self,
+        *inputs: Any,
+        draws: int | None = None,
+        seed: int = 0,
+        seams: Sequence[str] = (),
+        mode: Literal["draws", "mean"] = "draws",
+        quantiles: Iterable[float] = QUANTILES,
+    ) -> Prediction | Summary:
         """Runs the program at each draw on new rows.
 
         Sites inside the data plate are sampled anew: new rows have no fitted ones.
 
         Args:
             *inputs: the model's arguments without the observations, (row, *) each. The number of
-                rows is free; all else is as in the fit.
+                rows is free; all else is as in the fit. Or one `DataLoader` or other iterable of
+                batches of them, with the observations or without: then rows are predicted as they
+                come, and a `Summary` takes the place of draws that nothing could hold.
             draws: use this many of each chain's draws, evenly spread; None uses all.
             seed: of the noise.
             seams: deterministic sites with a row axis to keep beside the local ones, such as
                 "hidden.0", in `Prediction.local`.
             mode: "mean" gives sites inside the data plate their mean in place of a draw. Draws of
                 the global sites that are all the same are then run once: one deterministic pass.
+            quantiles: which a `Summary` keeps.
 
         Returns:
-            Draws of f and y, (chain, draw, row, *), and their moments.
+            Draws of f and y, (chain, draw, row, *), and their moments; of batches a `Summary`, the
+            same numbers without draws and, where the batches hold observations, log scores.
 
         Raises:
             DataError: the inputs are not of the kind that the model was fitted to.
@@ -156,7 +188,6 @@ class Posterior:
         """
         if mode not in ("draws", "mean"):
             raise ValueError(f'mode is {mode!r}. Pass "draws" or "mean".')
-        made = arguments.check_inputs(inputs, self.data)
         values, shape = self._pooled(draws)
         if mode == "mean" and all(bool((v == v[:1]).all()) for v in values.values()):
             values, shape = {k: v[:1] for k, v in values.items()}, (1, 1)
@@ -166,18 +197,14 @@ class Posterior:
                 f"seams is {seams!r}. Pass a list of names; the model announces, with a row axis, "
                 f"{', '.join(sorted(rowed)) or 'none'}."
             )
-        root = branch(_root(seed), _PREDICT)
-        with self._parameters(made):
-            prediction = predict(
-                self.program,
-                values,
-                made,
-                self.sites,
-                root,
-                shape,
-                seams=frozenset(seams),
-                means=mode == "mean",
-            )
+        run = partial(
+            self._predict, values, shape, branch(_root(seed), _PREDICT), means=mode == "mean"
+        )
+        if arguments.is_stream(inputs):
+            if seams:
+                raise ModelError("A Summary keeps no seams. Predict some rows at a time for them.")
+            return self._summary(inputs[0], run, values, draws, checked_levels(quantiles))
+        prediction = run(arguments.check_inputs(inputs, self.data), seams=frozenset(seams))
         at_seams = tuple(f"{seam}." for seam in rowed)
         shared = {
             name: value.reshape(*shape, 1, *value.shape[1:]).expand(
@@ -187,6 +214,53 @@ class Posterior:
             if name not in self.sites.latent and name.startswith(at_seams)
         }
         return replace(prediction, local=prediction.local | shared)
+
+    def _predict(
+        self,
+        values: Tensors,
+        shape: tuple[int, int],
+        root: Any,
+        inputs: tuple[Tensor, ...],
+        **options: Any,
+    ) -> Prediction:
+        with self._parameters(inputs):
+            return predict(self.program, values, inputs, self.sites, root, shape, **options)
+
+    def _summary(
+        self,
+        batches: Any,
+        run: Callable[..., Prediction],
+        values: Tensors,
+        draws: int | None,
+        levels: Tensor,
+    ) -> Summary:
+        """What `predict` gives of batches."""
+        require_every_row(self.sites)
+        stream = arguments.check_batches(batches, self.data)
+        first = next(stream, None)
+        inputs = len(self.data.names) - 1
+        scored = first is not None and len(first) > inputs
+
+        def together(some: tuple[Tensor, ...]) -> int:
+            with quiet_pyro(), torch.no_grad(), self._parameters(some[:inputs]):
+                args = (*some[:inputs], None)
+                found = rows_together(self.program, values, args, self.sites)
+            if found is None:
+                raise ModelError(
+                    "The model runs on all rows at once only: it has no data plate, or states how "
+                    "many rows there are. Give its plate the number of its inputs, "
+                    f'pyro.plate("data", len({self.data.names[0]})), or predict without batches.'
+                )
+            return found
+
+        score = lambda rows, at: log_score(self._log_likelihood(rows, draws, origin=at))
+        return summarize(
+            chain([] if first is None else [first], stream),
+            together,
+            lambda rows, at: run(rows[:inputs], origin=at, kept={"y"}),
+            score if scored else None,
+            levels,
+        )
 
     def log_likelihood(self, *data: Any) -> Tensor:
         """Log p(y | x, draw) of each row, (chain, draw, row).
@@ -202,8 +276,19 @@ class Posterior:
             ModelError: the model does not state its rows as independent.
         """
         args = self._training_tensors() if not data else arguments.check_arguments(data, self.data)
+        return self._log_likelihood(args, trained=not data)
+
+    def _log_likelihood(
+        self,
+        args: tuple[Tensor, ...],
+        draws: int | None = None,
+        *,
+        trained: bool = False,
+        origin: int = 0,
+    ) -> Tensor:
+        """See `log_likelihood`; `origin` is the place of the first row among more rows."""
         require_every_row(self.sites)
-        if self.sites.subsampled and self.sites.locals and not data:
+        if self.sites.subsampled and self.sites.locals and trained:
             raise ModelError(
                 f'Draws of "{self.sites.locals[0]}" belong to the minibatch that the plate '
                 f'"{self.sites.plate}" drew with them, not to all training rows. Pass the data, '
@@ -215,31 +300,29 @@ class Posterior:
                 f'The rows of "{self.sites.observed}" are one statement, so no row has a '
                 'likelihood of its own. Put it in a plate: with pyro.plate("data", len(x)).'
             )
-        values, shape = self._pooled(None, local=not data)
+        values, shape = self._pooled(draws, local=trained)
         rows, count = len(args[-1]), math.prod(shape)
         out = args[-1].new_empty((count, rows), dtype=torch.get_default_dtype())
-        split = not (self.sites.locals and not data) and self.sites.plate is not None
         with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]):
             program = self.program
-            block = self.sites.subsample_size
-            if block is None:
-                few = take(args, slice(0, _ROWS))
-                block = _ROWS if split and runs_on(program, values, few) else rows
-            if data:
+            block = self.sites.subsample_size or max(rows, 1)
+            if rows > ROWS and not (self.sites.locals and trained):
+                block = rows_together(program, values, args, self.sites) or rows
+            if not trained:
                 contract.check_rows(program, {k: v[0] for k, v in values.items()}, args, self.sites)
             for first in range(0, rows, block):
                 batch = take(args, slice(first, first + block))
                 if self.sites.subsampled:
                     batch = take_filled(args, first, block)
-                step = max(1, _CELLS // len(batch[-1]))
-                for start in range(0, count, step):
-                    part = slice(start, min(start + step, count))
-                    with seeded(branch(_root(0), _LIKELIHOOD, first, start)):
-                        out[part, first : first + block] = over_draws(
-                            _row_log_prob(program, batch, self.sites),
-                            {k: v[part] for k, v in values.items()},
-                            part.stop - part.start,
-                        )[:, : rows - first]
+                at = _row_log_prob(program, batch, self.sites)
+
+                def run(part: slice, first: int = first, at: Any = at) -> Tensor:
+                    some = {k: v[part] for k, v in values.items()}
+                    with seeded(branch(_root(0), _LIKELIHOOD, origin + first, part.start)):
+                        return over_draws(at, some, part.stop - part.start)
+
+                for part, each in in_chunks(run, count):
+                    out[part, first : first + block] = each[:, : rows - first]
         return out.reshape(*shape, rows)
 
     def deterministic(self, *names: str) -> Tensors:
@@ -277,14 +360,12 @@ class Posterior:
                 self.program(*args)
             return {k: capture.values[k] for k in wanted}
 
-        count, step = math.prod(shape), max(1, _CELLS // max(self.data.rows, 1))
+        def run(part: slice) -> Tensors:
+            some = {k: v[part] for k, v in values.items()}
+            return over_draws(at, some, part.stop - part.start)
+
         with quiet_pyro(), torch.no_grad(), self._parameters(args[:-1]), seeded(_root(0)):
-            parts = [
-                over_draws(
-                    at, {k: v[i : i + step] for k, v in values.items()}, min(step, count - i)
-                )
-                for i in range(0, count, step)
-            ]
+            parts = [found for _, found in in_chunks(run, math.prod(shape))]
         return {
             k: torch.cat([p[k] for p in parts]).reshape(*shape, *parts[0][k].shape[1:])
             for k in self.sites.seams

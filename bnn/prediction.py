@@ -7,6 +7,7 @@ outside, from distributions whose parameters carry a draw axis.
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,20 +20,79 @@ from torch import Tensor
 from torch.func import vmap
 
 from bnn import markup
+from bnn.chunks import NUMBERS, Work, in_chunks
 from bnn.data import take, take_filled
 from bnn.errors import ModelError
 from bnn.handlers import At, AtMeans, Capture, branch, quiet_pyro, seeded, unvalidated
 from bnn.observations import innermost
 from bnn.sites import Sites, require_every_row
 
-_ROWS = 512  # rows in a block: what one forward pass and one stretch of random numbers cover
-_CELLS = 65_536  # draws x rows in a forward pass: 26 MB at 100 float32 units a row
 _OUTCOMES = 400  # draws of y that quantiles are read off, at least: an end of 90 % to .1 sd
 _AGAIN = " y"  # no site has this name
+ROWS = 512  # in a block at most: what one forward pass and one stretch of random numbers cover
+_TRIED = 16  # rows by which it is found out how many a block takes
+
+
+class Predictive(ABC):
+    """What is read off the posterior predictive at some rows, its draws at hand or not."""
+
+    mean: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+    probs: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        """Aleatoric plus epistemic: the predictive variance, or the predictive entropy."""
+        return self.aleatoric + self.epistemic
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of y, units of y, (row, *).
+
+        Raises:
+            ModelError: y is a label.
+        """
+        if self.probs is not None:
+            raise ModelError("A label has no standard deviation. Read `entropy` or `probs`.")
+        return self.total.sqrt()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the predictive label, nats, (row, *).
+
+        Raises:
+            ModelError: y is not a label.
+        """
+        if self.probs is None:
+            raise ModelError("Entropy is read off labels; y is a number here. Read `std`.")
+        return self.total
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """What the label would tell about the weights, nats, (row, *): the epistemic part.
+
+        Raises:
+            ModelError: y is not a label.
+        """
+        self.entropy  # noqa: B018  the same refusal
+        return self.epistemic
+
+    @abstractmethod
+    def quantile(self, q: float | Tensor) -> Tensor:
+        """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Central interval of y that holds `level` of the predictive draws: (lower, upper)."""
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level!r}. Pass a probability in (0, 1), such as 0.9.")
+        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+        lower, upper = self.quantile(ends)
+        return lower, upper
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class Prediction(Predictive):
     """The posterior predictive at some rows.
 
     Attributes:
@@ -77,43 +137,6 @@ class Prediction:
         if self.outcomes is None:
             object.__setattr__(self, "outcomes", self.y)
 
-    @property
-    def total(self) -> Tensor:
-        """Aleatoric plus epistemic: the predictive variance, or the predictive entropy."""
-        return self.aleatoric + self.epistemic
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of y, units of y, (row, *).
-
-        Raises:
-            ModelError: y is a label.
-        """
-        if self.probs is not None:
-            raise ModelError("A label has no standard deviation. Read `entropy` or `probs`.")
-        return self.total.sqrt()
-
-    @property
-    def entropy(self) -> Tensor:
-        """Entropy of the predictive label, nats, (row, *).
-
-        Raises:
-            ModelError: y is not a label.
-        """
-        if self.probs is None:
-            raise ModelError("Entropy is read off labels; y is a number here. Read `std`.")
-        return self.total
-
-    @property
-    def mutual_information(self) -> Tensor:
-        """What the label would tell about the weights, nats, (row, *): the epistemic part.
-
-        Raises:
-            ModelError: y is not a label.
-        """
-        self.entropy  # noqa: B018  the same refusal
-        return self.epistemic
-
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""
         pooled = self.outcomes.flatten(0, 1)  # (chain*draw*times, row, *)
@@ -128,13 +151,6 @@ class Prediction:
         return torch.lerp(
             ordered[low].to(self.mean.dtype), ordered[high].to(self.mean.dtype), share
         )
-
-    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Central interval of y that holds `level` of the predictive draws: (lower, upper)."""
-        if not 0 < level < 1:
-            raise ValueError(f"level is {level!r}. Pass a probability in (0, 1), such as 0.9.")
-        lower, upper = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
-        return lower, upper
 
     def __repr__(self) -> str:
         chain, draw, rows = self.y.shape[:3]
@@ -179,6 +195,8 @@ def predict(
     *,
     seams: Collection[str] = (),
     means: bool = False,
+    origin: int = 0,
+    kept: Collection[str] | None = None,
 ) -> Prediction:
     """Runs a program at each draw.
 
@@ -191,6 +209,8 @@ def predict(
         shape: (chain, draw).
         seams: deterministic sites to keep beside the local ones.
         means: sites inside the data plate take their mean in place of a draw.
+        origin: place of the first row among more rows: its noise is that of this place.
+        kept: names whose draws are kept, "y" among them; None keeps all, "f" and local sites too.
 
     Returns:
         Draws and moments. Working memory does not grow with rows or draws, where a plate declares
@@ -202,13 +222,13 @@ def predict(
     require_every_row(sites)
     count = math.prod(shape)
     rows = next((len(x) for x in inputs if x.ndim), None)
-    pooled = _Pooled(count, rows)
+    pooled = _Pooled(count, rows, kept)
     with quiet_pyro(), torch.no_grad():
-        few = (*take(inputs, slice(0, _ROWS)), None)
         block = sites.subsample_size  # a plate that draws so many takes all of so many
         if block is None:
-            apart = (rows or 0) > _ROWS and sites.plate is not None
-            block = _ROWS if apart and runs_on(program, draws, few) else rows
+            apart = (rows or 0) > ROWS
+            together = rows_together(program, draws, (*inputs, None), sites) if apart else None
+            block = together or rows
         forward = _Forward(program, sites, seams, means)
         for first in range(0, max(rows or 1, 1), block or 1):
             # No rows: made-up rows give the shapes, and are left out when the draws are kept.
@@ -219,14 +239,35 @@ def predict(
                 batch = take_filled(inputs, first, sites.subsample_size)
             elif rows is not None:
                 batch = take(inputs, slice(first, first + (block or 1)))
-            here = next((len(x) for x in batch if x.ndim), 1)
-            step = max(1, _CELLS // max(here, 1))
-            for start in range(0, count, step):
-                part = slice(start, min(start + step, count))
-                with seeded(branch(seed, first, start)):
+
+            def run(part: slice, first: int = first, batch: tuple = batch) -> tuple[Any, ...]:
+                with seeded(branch(seed, origin + first, part.start)):
                     fn, values = forward({k: v[part] for k, v in draws.items()}, batch, part)
-                    pooled.add(part, first, fn, values)
+                    return fn, fn.sample(), pooled.again(fn), values
+
+            for part, found in in_chunks(run, count):
+                pooled.add(part, first, *found)
     return pooled.prediction(shape, inputs)
+
+
+def rows_together(
+    program: Callable[..., Any], draws: Mapping[str, Tensor], args: tuple, sites: Sites
+) -> int | None:
+    """Rows that a program is run on at a time; None where it has to be given all at once.
+
+    Args:
+        program: callable of the inputs, and of the observations or None.
+        draws: (draw, *site) each.
+        args: its arguments, the observations or None last.
+        sites: the contract's findings.
+    """
+    if sites.subsample_size is not None or sites.plate is None:
+        return sites.subsample_size
+    few = take(args, slice(0, _TRIED))
+    with Work() as work:
+        runs = runs_on(program, draws, few)
+    rows = max(len(arg) for arg in few if arg is not None and arg.ndim)
+    return max(1, min(ROWS, NUMBERS * rows // max(work.numbers, 1))) if runs else None
 
 
 def runs_on(program: Callable[..., Any], draws: Mapping[str, Tensor], args: tuple) -> bool:
@@ -403,15 +444,30 @@ def _entropy(probs: Tensor) -> Tensor:
 class _Pooled:
     """Draws and running moments, filled block by block."""
 
-    def __init__(self, count: int, rows: int | None):
-        self.count, self.rows = count, rows
+    def __init__(self, count: int, rows: int | None, names: Collection[str] | None = None):
+        self.count, self.rows, self.names = count, rows, names
+        self.dtype = torch.get_default_dtype()
         self.times = math.ceil(_OUTCOMES / count)
         self.kept: dict[str, Tensor] = {}
         self.sums: dict[int, dict[str, Any]] = {}
         self.labels = False
 
-    def add(self, part: slice, first: int, fn: Any, values: dict[str, Tensor]) -> None:
-        y, moments = fn.sample(), _moments(fn)
+    def again(self, fn: Any) -> Tensor | None:
+        """Further draws of y at each draw, (draw, row, *, times), where there are few draws."""
+        if self.times == 1:
+            return None
+        return torch.stack([fn.sample() for _ in range(self.times)], -1)
+
+    def add(
+        self,
+        part: slice,
+        first: int,
+        fn: Any,
+        y: Tensor,
+        again: Tensor | None,
+        values: dict[str, Tensor],
+    ) -> None:
+        moments = _moments(fn)
         self.labels = moments.labels
         rows = y.shape[1:2]
         if "f" in values and values["f"].shape[1:2] != rows:
@@ -420,10 +476,13 @@ class _Pooled:
             values["f"] = moments.expectation
         values["y"] = y
         values.setdefault("f", y)
-        if self.times > 1:
-            values[_AGAIN] = torch.stack([fn.sample() for _ in range(self.times)], -1)
+        if again is not None:
+            values[_AGAIN] = again
+        if values["f"].is_floating_point():
+            self.dtype = values["f"].dtype
         for name, value in values.items():
-            self._keep(name, part, first, value)
+            if self.names is None or name in (*self.names, _AGAIN):
+                self._keep(name, part, first, value)
         centre = y if moments.expectation is None else moments.expectation
         noise = torch.full_like(centre, math.nan) if moments.noise is None else moments.noise
         centre, noise = (self._asked_for(first, each) for each in (centre, noise))
@@ -457,11 +516,11 @@ class _Pooled:
     def prediction(self, shape: tuple[int, int], inputs: tuple[Tensor, ...]) -> Prediction:
         again = self.kept.pop(_AGAIN, None)  # (draw, row, *, times)
         draws = {k: v.reshape(*shape, *v.shape[1:]) for k, v in self.kept.items()}
-        outcomes = draws["y"]
+        dtype, y = self.dtype, draws["y"]
+        outcomes = y
         if again is not None:
             again = again.movedim(-1, 1)
             outcomes = again.reshape(shape[0], shape[1] * self.times, *again.shape[2:])
-        dtype = draws["f"].dtype if draws["f"].is_floating_point() else torch.get_default_dtype()
 
         def joined(name: str) -> Tensor:
             return torch.cat([self.sums[k][name] for k in sorted(self.sums)]).to(dtype)
@@ -474,6 +533,5 @@ class _Pooled:
         else:
             epistemic, mean, probs = joined("spread") / self.count, centre, None
         local = {k: v for k, v in draws.items() if k not in ("f", "y")}
-        return Prediction(
-            draws["f"], draws["y"], mean, noise, epistemic, probs, local, inputs, outcomes
-        )
+        f = draws.get("f", y)
+        return Prediction(f, y, mean, noise, epistemic, probs, local, inputs, outcomes)

@@ -20,7 +20,6 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _ATEN = torch.ops.aten
 # Their decompositions fail unless half of the inductor happens to be imported: the route, and so
@@ -157,31 +156,6 @@ def work(graph: GraphModule) -> tuple[int, int]:
         if node.op == "call_function" and isinstance(value, Tensor):
             written += value.numel()
     return sum(node.op == "call_function" for node in graph.graph.nodes), written
-
-
-class Work(TorchDispatchMode):
-    """Counts operations and the numbers that they write, and sees random ones.
-
-    Attributes:
-        operations: that write numbers.
-        numbers: written by all of them.
-        largest: written by one of them, at most.
-        random: True once one drew random numbers.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations, self.numbers, self.largest, self.random = 0, 0, 0, False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See torch.utils._python_dispatch."""
-        out = func(*args, **(kwargs or {}))
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
-        if isinstance(out, Tensor) and not func.is_view:
-            self.operations += 1
-            self.numbers += out.numel()
-            self.largest = max(self.largest, out.numel())
-        return out
 
 
 def first_line(error: Exception) -> str:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from bnn.chunks import Work
 from bnn.errors import ModelError, PerformanceWarning
 from bnn.handlers import branch, generator
-from bnn.inference._compile import Work, compiled, first_line, graph_of, traced, work
+from bnn.inference._compile import compiled, first_line, graph_of, traced, work
 from bnn.inference._energy import Energy
 from bnn.run import standing
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from bnn.chunks import Work
 from bnn.errors import CheckpointError, PerformanceWarning, outside
 from bnn.handlers import branch, seeded
-from bnn.inference._compile import Work, compiled, first_line, graph_of
+from bnn.inference._compile import compiled, first_line, graph_of
 
 Objective = Callable[[Mapping[str, Tensor], tuple[Any, ...], Tensor, tuple[Tensor, ...]], Tensor]
 """Of leaves, a batch, the weight of the KL and noise: () or (member,); larger is better."""

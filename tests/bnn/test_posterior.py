@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 
 import bnn
-from bnn import handlers, prediction
+from bnn import chunks, handlers, prediction
 from bnn.models import sample_weights
 from tests.exact import check_predictive_noise
 
@@ -237,8 +237,8 @@ def test_blocks_of_rows_do_not_change_the_result(rows, monkeypatch):
     posterior = bnn.fit(by_sample_weights, *rows, method=SHORT)
     x = torch.randn(1_100, 2, generator=torch.Generator().manual_seed(1))
     whole = posterior.predict(x)
-    monkeypatch.setattr(prediction, "_ROWS", 100)
-    monkeypatch.setattr(prediction, "_CELLS", 700)
+    monkeypatch.setattr(prediction, "ROWS", 100)
+    monkeypatch.setattr(chunks, "NUMBERS", 700 * 12)
     parts = posterior.predict(x)
     for name in ("f", "mean", "aleatoric", "epistemic"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-5, atol=1e-6)
