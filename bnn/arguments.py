@@ -1,7 +1,7 @@
 """Arguments: what the user passes, against what the model takes and what it was fitted to."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, Sized
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bnn.data import Data, column_names, like, shape_of, tensors
+from bnn.data import Data, Mapped, Stream, column_names, like, shape_of, tensors
 from bnn.errors import DataError, ModelError
 from bnn.handlers import seeded
 from bnn.method import Model
@@ -41,8 +41,13 @@ def call_of(model: Model, data: Data) -> str:
     )
 
 
-def read(model: Model, args: tuple[Any, ...]) -> Data:
+def read(model: Model, args: tuple[Any, ...], batch_size: int | None = None) -> Data:
     """The user's arrays as `Data`: numeric, finite, and one length.
+
+    Args:
+        model: the user's model.
+        args: its arguments; or one loader, or another iterable of batches.
+        batch_size: rows in a minibatch, by which arrays that are mapped from the disk are read.
 
     Raises:
         ModelError: the model is not a callable that takes this many arguments.
@@ -55,7 +60,7 @@ def read(model: Model, args: tuple[Any, ...]) -> Data:
         )
     if not args:
         raise DataError("fit got no data. Call fit(model, *inputs, y).")
-    loader = args[0] if len(args) == 1 and isinstance(args[0], DataLoader) else None
+    loader = _loader(model, args, batch_size)
     if loader is not None:
         args = _first_batch(loader)
     names = argument_names(model, len(args))
@@ -75,24 +80,70 @@ def read(model: Model, args: tuple[Any, ...]) -> Data:
     if rows == 0:
         raise DataError(f'"{names[-1]}" has no rows. A fit needs at least one.')
     if loader is not None:
-        rows = len(loader.dataset)  # type: ignore[arg-type]
+        rows = len(loader.dataset) if isinstance(loader, DataLoader) else loader.rows  # type: ignore[arg-type]
     columns = {n: column_names(a) for n, a in zip(names, args, strict=True) if column_names(a)}
     return Data(made, names, columns, rows, loader)
 
 
-def _first_batch(loader: DataLoader) -> tuple[Any, ...]:
-    if not hasattr(loader.dataset, "__len__"):
+def _loader(model: Model, args: tuple[Any, ...], size: int | None) -> Any:
+    """Where batches come from, if the data are not to be held in memory; else None."""
+    if size is not None and any(isinstance(arg, np.memmap) and arg.ndim for arg in args):
+        names = argument_names(model, len(args))
+        arrays = [a if isinstance(a, np.memmap) else tensors((a,), (n,))[0].numpy()
+                  for a, n in zip(args, names, strict=True)]  # fmt: skip
+        lengths = {name: len(a) for name, a in zip(names, arrays, strict=True) if a.ndim}
+        rows = min(lengths.values())
+        same = len(set(lengths.values())) == 1  # `read` tells of others
+        return Mapped(tuple(arrays), rows, size) if same and size < rows else None
+    if not is_stream(args):
+        return None
+    if not isinstance(args[0], DataLoader):
+        return _counted(args[0])
+    if not hasattr(args[0].dataset, "__len__"):
         raise DataError(
-            f"The DataLoader's {type(loader.dataset).__name__} does not tell its number of rows, "
+            f"The DataLoader's {type(args[0].dataset).__name__} does not tell its number of rows, "
             "by which a minibatch is scaled. Give the dataset a __len__."
         )
+    return args[0]
+
+
+def _counted(batches: Iterable[Any]) -> Stream:
+    """An iterable of batches with its number of rows, counted in a pass where it does not tell."""
+    if iter(batches) is batches:
+        raise DataError(
+            f"The data are a {type(batches).__name__}, which is empty once it was gone through; a "
+            "fit goes through its rows many times. Pass an object whose __iter__ begins anew."
+        )
+    rows, count = getattr(batches, "rows", None), None
+    if rows is None:
+        rows = count = 0
+        with seeded(np.random.SeedSequence(0)):
+            for batch in batches:
+                rows, count = rows + _rows_of(batch), count + 1
+    elif isinstance(batches, Sized):
+        count = len(batches)
+    return Stream(batches, int(rows), count)
+
+
+def _rows_of(batch: Any) -> int:
+    if not isinstance(batch, tuple | list) or not batch or not hasattr(batch[-1], "__len__"):
+        raise _no_batch(batch)
+    return len(batch[-1])
+
+
+def _no_batch(batch: Any) -> DataError:
+    return DataError(
+        f"The data yield {'nothing' if batch is None else type(batch).__name__}, not tuples of the "
+        "model's arguments, the observations last. With a DataLoader wrap them: "
+        "TensorDataset(x, y)."
+    )
+
+
+def _first_batch(loader: Any) -> tuple[Any, ...]:
     with seeded(np.random.SeedSequence(0)):  # a shuffling loader draws from the caller's generator
         batch = next(iter(loader), None)
-    if not isinstance(batch, (tuple, list)):
-        raise DataError(
-            f"The DataLoader yields {'nothing' if batch is None else type(batch).__name__}, not "
-            "tuples of the model's arguments. Wrap the data: TensorDataset(x, y)."
-        )
+    if not isinstance(batch, tuple | list):
+        raise _no_batch(batch)
     return tuple(batch)
 
 

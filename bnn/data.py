@@ -1,7 +1,8 @@
 """Data: what the user passes, as tensors whose first axis is the row; and minibatches of it."""
 
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -27,7 +28,8 @@ class Data:
         names: the model's argument names.
         columns: column names of the arguments that had some (pandas), by argument name.
         rows: number of rows.
-        loader: where batches come from when the data are not in memory.
+        loader: where batches come from when the data are not in memory: a DataLoader, `Stream` or
+            `Mapped`.
         admit: raises where the observations of a loader's batch cannot be ones of this model.
     """
 
@@ -35,7 +37,7 @@ class Data:
     names: tuple[str, ...]
     columns: dict[str, list[str]] = field(default_factory=dict)
     rows: int = 0
-    loader: DataLoader | None = None
+    loader: "DataLoader | Stream | Mapped | None" = None
     admit: Callable[[Tensor], None] | None = None
 
     @property
@@ -48,12 +50,19 @@ class Data:
         """The last argument, (row, *)."""
         return self.tensors[-1]
 
+    @property
+    def afresh(self) -> bool:
+        """True of a loader that draws each row from all of them, whichever were drawn before."""
+        return bool(getattr(getattr(self.loader, "sampler", None), "replacement", False))
+
     def epoch(self, size: int | None) -> int | None:
         """Minibatches in one pass over the rows, 1 for all rows at once; None where unknown."""
         if self.loader is not None:
-            whole = isinstance(self.loader.dataset, IterableDataset) and not self.loader.batch_size
+            rows = getattr(self.loader, "dataset", None)
+            if isinstance(rows, IterableDataset) and not getattr(self.loader, "batch_size", None):
+                return None
             try:
-                return None if whole else max(2, len(self.loader))
+                return max(2, len(self.loader))
             except TypeError:  # its sampler has no length
                 return None
         return max(2, self.rows // size) if size is not None and size < self.rows else 1
@@ -104,6 +113,54 @@ class Data:
             if self.admit is not None:
                 self.admit(made[-1])
             yield made
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Batches of any iterable that can be gone through again and again.
+
+    Attributes:
+        batches: the iterable.
+        rows: in one pass.
+        count: batches in one pass; None where it does not tell.
+    """
+
+    batches: Iterable[Any]
+    rows: int
+    count: int | None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        if self.count is None:
+            raise TypeError("It does not tell the number of its batches.")
+        return self.count
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """Minibatches of arrays that are mapped from the disk: rows are read as they are drawn.
+
+    Attributes:
+        arrays: (row, *) each, or () for an argument that belongs to every row.
+        rows: in all.
+        size: rows in a batch.
+    """
+
+    arrays: tuple[Any, ...]
+    rows: int
+    size: int
+
+    def __iter__(self) -> Iterator[tuple]:
+        short = torch.int32 if self.rows < 2**31 else torch.int64
+        order = torch.randperm(self.rows, dtype=short)
+        for start in range(0, self.rows - self.size + 1, self.size):
+            chosen = order[start : start + self.size].sort().values.numpy()  # the disk's own order
+            yield tuple(array[chosen] if array.ndim else array for array in self.arrays)
+
+    def __len__(self) -> int:
+        return self.rows // self.size
 
 
 class Batches(Iterator[tuple]):
@@ -189,9 +246,10 @@ class Batches(Iterator[tuple]):
         yield from left
 
 
-def loader_generators(loader: DataLoader) -> list[torch.Generator]:
+def loader_generators(loader: Any) -> list[torch.Generator]:
     """The generators that a loader was given, those of its samplers included."""
-    owners = (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    inner = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), getattr(inner, "sampler", None))
     found = {id(g): g for o in owners if (g := getattr(o, "generator", None)) is not None}
     return list(found.values())
 
@@ -260,6 +318,10 @@ def _tensor(arg: Any, name: str) -> Tensor:
         )
     if isinstance(arg, Tensor):
         tensor = arg.detach()
+    elif isinstance(arg, np.memmap) and arg.dtype.kind in "if" and arg.dtype.isnative:
+        with warnings.catch_warnings():  # torch cannot tell that nobody will write to it
+            warnings.simplefilter("ignore")
+            tensor = torch.from_numpy(arg)
     else:
         array = _array(arg, name)
         tensor = torch.as_tensor(array.copy())  # own memory: read-only and strided arrays too
@@ -310,8 +372,9 @@ def _array(arg: Any, name: str) -> np.ndarray:
 def _check_finite(tensor: Tensor, name: str, columns: list[str]) -> None:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    bad = ~torch.isfinite(tensor)
-    if bad.any():
+    low, high = tensor.aminmax()  # NaN where there is one; a mask would take memory
+    if not (low.isfinite() and high.isfinite()):
+        bad = ~torch.isfinite(tensor)
         where = bad.nonzero()[0].tolist()
         kind = "NaN" if torch.isnan(tensor).any() else "infinite"
         at = f"row {where[0]}" if where else "its only entry"
@@ -324,7 +387,7 @@ def _check_finite(tensor: Tensor, name: str, columns: list[str]) -> None:
             f'"{name}" has {int(bad.sum())} {kind} of {tensor.numel()} values, the first at {at}. '
             f"{cure}"
         )
-    largest = float(tensor.abs().max())
+    largest = float(torch.maximum(-low, high))
     if largest > LARGEST:
         raise DataError(
             f'"{name}" reaches {largest:.3g}, beyond what {tensor.dtype} can square and add up. '

@@ -41,8 +41,11 @@ def fit(
     Args:
         model: the Pyro model.
         *data: the model's positional arguments, the observations last, one row each on the first
-            axis: tensors, NumPy arrays, pandas objects or lists. Or one `DataLoader` that yields
-            such tuples. Floats become torch's default dtype.
+            axis: tensors, NumPy arrays, pandas objects or lists. Or one `DataLoader`, or another
+            iterable that can be gone through again, that yields such tuples, for the methods that
+            take minibatches; its rows are counted in a first pass, unless it has an attribute
+            `rows`. Arrays that are mapped from the disk (`np.memmap`) are not copied, and with a
+            method's `batch_size` only read row by row. Floats become torch's default dtype.
         method: how to approximate the posterior; default `bnn.SVI()`.
         seed: a whole number from 0 below 2**64. The same seed gives the same draws, whatever ran
             before; generators, dtype and Pyro's state are left as they were.
@@ -97,7 +100,7 @@ def fit(
         )
     seed_sequence(seed)
     start = time.perf_counter()
-    read = arguments.read(model, data)
+    read = arguments.read(model, data, getattr(method, "batch_size", None))
     read, sites = contract.check(model, read, adds_sites=method.adds_sites)
     if checkpoint is None:
         posterior = approximate(model, read, sites, method, seed, progress, Run(), executor)

@@ -105,7 +105,8 @@ def require_all_rows(data: Data, sites: Sites, method: str) -> None:
     """
     if data.loader is not None:
         raise DataError(
-            f"{method} needs all rows at once. Pass tensors in place of the DataLoader."
+            f"{method} needs all rows at once. Pass tensors in place of a DataLoader or of arrays "
+            "mapped from the disk."
         )
     if sites.subsampled:
         raise ModelError(

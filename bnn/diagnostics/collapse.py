@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from bnn.diagnostics.functions import Looked, thinned
 from bnn.diagnostics.report import Finding
@@ -144,6 +144,8 @@ def minibatches(posterior: "Posterior") -> Finding | None:
         if size is None or size >= data.rows:
             return None
         shown, lost, cause = data.rows // size * size, False, ""
+    elif not isinstance(data.loader, DataLoader):
+        return None  # its rows were counted as they came
     else:
         loader: Any = data.loader
         try:

@@ -123,7 +123,7 @@ class SWAG(Optimised):
         require_minibatches(sites, "SWAG")
         require_one_value(sites, "SWAG", restarts=self.restarts)
         size = self.batch_size or min(-(-data.rows // 10), _LARGEST)
-        if data.loader is not None and not getattr(data.loader.sampler, "replacement", False):
+        if data.loader is not None and not data.afresh:
             raise DataError(
                 "SWAG's width is the noise of minibatches, and that of a loader that passes over "
                 "the rows cancels. Pass tensors, or a loader that draws each batch afresh: "

@@ -12,6 +12,7 @@ import torch
 
 import bnn
 from benchmarks import attention, common, ensembles, gradient, masks, predict, samplers, start, svi
+from benchmarks import rows as rows_benchmark
 
 MODULES = (attention, ensembles, gradient, masks, predict, samplers, start, svi)
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,16 @@ def test_a_quick_run_prints_a_table(module):
     assert run.returncode == 0, run.stderr
     assert "cores" in run.stdout.splitlines()[2]
     assert "\n| bnn" in run.stdout
+
+
+@pytest.mark.slow
+def test_memory_and_time_of_a_step_are_told():
+    command = [sys.executable, "-m", "benchmarks.rows", "--quick"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    for rows in ("mapped from the disk", "in memory", "DataLoader"):
+        line = next(each for each in run.stdout.splitlines() if each.startswith(f"| {rows}"))
+        assert float(line.split("|")[2]) < rows_benchmark.LIMITS["memory"]
 
 
 @peers

@@ -405,12 +405,12 @@ BAD_LOADERS = {
     "no-length": (DataLoader(Unsized(), 3), "Unsized", "number of rows", "__len__"),
     "empty": (
         DataLoader(TensorDataset(X[:0], Y[:0]), 3),
-        "DataLoader",
+        "yield",
         "nothing",
         "TensorDataset",
     ),
-    "inputs-only": (DataLoader(X, 3), "DataLoader", "Tensor", "TensorDataset"),
-    "dicts": (DataLoader([{"x": 1.0, "y": 2.0}], 1), "DataLoader", "dict", "TensorDataset"),
+    "inputs-only": (DataLoader(X, 3), "yield", "Tensor", "TensorDataset"),
+    "dicts": (DataLoader([{"x": 1.0, "y": 2.0}], 1), "yield", "dict", "TensorDataset"),
     "nan": (DataLoader(TensorDataset(changed(X, torch.nan, 1, 1), Y), 3), '"x"', "NaN", "Drop"),
 }
 

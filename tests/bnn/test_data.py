@@ -63,6 +63,13 @@ def test_the_first_offender_is_named():
         tensors((x,), ("x",))
 
 
+def test_the_largest_numbers_are_finite_and_too_large():
+    for value in (3e38, -3e38):
+        with pytest.raises(DataError, match=r'"x" reaches 3e\+38'):
+            tensors((torch.full((3,), value),), ("x",))
+    tensors((torch.tensor([-1e15, 1e15]),), ("x",))
+
+
 def test_each_pass_is_a_new_permutation():
     data = Data((ROWS, ROWS * 10), ("x", "y"), rows=7)
     orders = []
