@@ -34,6 +34,7 @@ from bnn.inference import (
     RandomizedPriors,
 )
 from bnn.method import Method
+from bnn.models import standardize
 from bnn.posterior import Posterior
 from bnn.prediction import Prediction
 from bnn.prior import prior_predictive
@@ -86,5 +87,6 @@ __all__ = [
     "reference",
     "sbc",
     "selective",
+    "standardize",
 ]
 __version__ = "0.1.0"

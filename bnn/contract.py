@@ -459,8 +459,8 @@ def _check_prediction(model: Model, data: Data, sites: Sites) -> bool:
         if far > _FAR:
             warnings.warn(
                 f'"{data.names[-1]}" reaches {float(y.abs().max()):.3g}, {far:.0e} times what the '
-                f'model\'s prior produces at "{sites.observed}". Standardise the data, or widen '
-                "the priors: as it is, the fit fights the units.",
+                f'model\'s prior produces at "{sites.observed}". Standardise the data '
+                "(bnn.standardize), or widen the priors: as it is, the fit fights the units.",
                 DataWarning,
                 stacklevel=4,  # the caller of fit
             )

@@ -1,6 +1,7 @@
 """Pyro models: nets whose weights are sampled, priors over them, likelihoods, ready models."""
 
 from bnn.models import likelihoods, priors
+from bnn.models._standardize import standardize
 from bnn.models.mlp import MLP
 from bnn.models.nets import linear, mlp_classification, mlp_regression, supervised
 from bnn.models.transformer import (
@@ -20,6 +21,7 @@ __all__ = [
     "mlp_regression",
     "priors",
     "sample_weights",
+    "standardize",
     "supervised",
     "transformer_classification",
     "transformer_tagging",
