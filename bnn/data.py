@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from bnn import processes
 from bnn.errors import CheckpointError, DataError
 from bnn.handlers import generators, set_generators
 
@@ -84,12 +85,13 @@ class Data:
         if self.loader is not None:
             return Batches(lambda: self.once(None), loader_generators(self.loader), shared=True)
         if size is None or size >= self.rows:
-            return Batches(lambda: repeat(self.tensors), ())
+            whole = _own(self.tensors)
+            return Batches(lambda: repeat(whole), ())
 
         def one_pass() -> Iterator[tuple]:
             order = torch.randperm(self.rows, generator=generator)
             for start in range(0, self.rows - size + 1 if passes else 1, size):
-                yield take(self.tensors, order[start : start + size])
+                yield take(self.tensors, own_rows(order[start : start + size]))
 
         return Batches(one_pass, (generator,))
 
@@ -112,7 +114,9 @@ class Data:
             made = like(tensors(tuple(batch), self.names), self.tensors)
             if self.admit is not None:
                 self.admit(made[-1])
-            yield made
+            own = made if isinstance(self.loader, Mapped) else _own(made)
+            if len(own[-1]):  # fewer rows than processes: a rest
+                yield own
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +160,8 @@ class Mapped:
         short = torch.int32 if self.rows < 2**31 else torch.int64
         order = torch.randperm(self.rows, dtype=short)
         for start in range(0, self.rows - self.size + 1, self.size):
-            chosen = order[start : start + self.size].sort().values.numpy()  # the disk's own order
+            chosen = own_rows(order[start : start + self.size])
+            chosen = chosen.sort().values.numpy()  # the disk's own order
             yield tuple(array[chosen] if array.ndim else array for array in self.arrays)
 
     def __len__(self) -> int:
@@ -257,6 +262,20 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
 def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:
     """The arguments at some rows; 0-d arguments belong to every row."""
     return tuple(arg[rows] if arg is not None and arg.ndim else arg for arg in args)
+
+
+def own_rows(rows: Tensor) -> Tensor:
+    """Those of some rows, (..., row), that this process sees: all, where it fits alone."""
+    shared = processes.current()
+    return rows if shared is None else shared.part(rows)
+
+
+def _own(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """This process's part of a batch; nothing of one that has fewer rows than there are parts."""
+    shared, rows = processes.current(), len(args[-1])
+    if shared is None:
+        return args
+    return take(args, shared.part(torch.arange(rows if rows >= shared.count else 0)))
 
 
 def take_filled(args: tuple[Tensor, ...], first: int, size: int) -> tuple[Tensor, ...]:

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnn import arguments, contract, diagnostics
+from bnn import arguments, contract, diagnostics, processes
 from bnn.checkpoint import files_of_fit, read_finished, write
 from bnn.data import Data
-from bnn.errors import ConvergenceWarning, outside
+from bnn.errors import ConvergenceWarning, ModelError, outside
+from bnn.files import digest
 from bnn.method import METHODS, Method, Model
 from bnn.parts import Part, compute, divide
 from bnn.posterior import Posterior
 from bnn.run import Checkpoint, Folder, Interrupted, Run
-from bnn.sites import Sites
+from bnn.sites import Sites, require_minibatches
 
 
 def fit(
@@ -31,6 +32,7 @@ def fit(
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | Checkpoint | None" = None,
     executor: Executor | None = None,
+    distributed: bool = False,
 ) -> Posterior:
     """Approximates the posterior of a Pyro model.
 
@@ -57,6 +59,10 @@ def fit(
         executor: computes the parts of a method that has some, `NUTS(chains=8, parts=4)`: a
             `ProcessPoolExecutor`, dask's `client.get_executor()`, any of `concurrent.futures`.
             What it gives is bit for bit what the same call gives without it.
+        distributed: share the rows among the processes that `torchrun` started, for `SVI` and
+            `MAP`: each runs this same call on the same data, takes its part of every minibatch, and
+            has the whole posterior in the end, the same on all to the bit and, up to rounding, that
+            of one process. The first one writes the checkpoint.
 
     Ctrl-C ends the loop that the fit is in after its present step, and gives the posterior that can
     be made of what there is, with `complete=False` and a warning; so does SIGTERM where there is a
@@ -99,22 +105,83 @@ def fit(
             f" Known are {', '.join(sorted(METHODS))}."
         )
     seed_sequence(seed)
+    if distributed and executor is not None:
+        raise ValueError("fit got executor= and distributed=True. Pass one of the two.")
+    if distributed and processes.current() is None:
+        with processes.together():
+            again = {"method": method, "seed": seed, "checkpoint": checkpoint}
+            return fit(model, *data, progress=progress, distributed=True, **again)
     start = time.perf_counter()
     read = arguments.read(model, data, getattr(method, "batch_size", None))
     read, sites = contract.check(model, read, adds_sites=method.adds_sites)
+    shared = processes.current()
+    if shared is not None:
+        _check_shared(model, read, sites, method, seed, shared)
+        progress = progress and shared.first
     if checkpoint is None:
-        posterior = approximate(model, read, sites, method, seed, progress, Run(), executor)
+        run = Run(shared=shared)
+        posterior = approximate(model, read, sites, method, seed, progress, run, executor)
+        _agree(shared, posterior)
         return replace(posterior, seconds=time.perf_counter() - start)
     where = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    with Folder(Path(where.folder)) as folder:
+    first = shared is None or shared.first
+    if not first:
+        shared.wait()  # type: ignore[union-attr]  until the first has made the folder its own
+    with Folder(Path(where.folder), held=first) as folder:
         folder.check(*files_of_fit(model, read, method, seed))
-        if folder.posterior.exists():
+        if shared is not None and first:
+            shared.wait()
+        finished = folder.posterior.exists()
+        run = Run(None if finished else folder.path, where.every, shared=shared)
+        if shared is not None:
+            shared.agree("what their checkpoint holds", finished, run.count)
+        if finished:
             return read_finished(folder.posterior, model, read, method)
-        run = Run(folder.path, where.every)
         posterior = approximate(model, read, sites, method, seed, progress, run, executor)
-        if posterior.complete and run.finish(lambda path: write(posterior, path)):
+        _agree(shared, posterior)
+        if first and posterior.complete and run.finish(lambda path: write(posterior, path)):
             folder.clear()
+        if shared is not None:
+            shared.wait()
     return posterior
+
+
+def _check_shared(
+    model: Model, data: Data, sites: Sites, method: Method, seed: int, shared: processes.Processes
+) -> None:
+    """Refuses what processes cannot share.
+
+    Raises:
+        ModelError: the method does work that is not minibatches, or the model has sites of a row.
+        DataError: the processes were given different things.
+    """
+    name = type(method).__name__
+    if not method.distributes:
+        able = ", ".join(sorted(k for k, kind in METHODS.items() if kind.distributes))
+        raise ModelError(
+            f"{name} cannot share a fit among processes (distributed=True); {able} can."
+        )
+    if getattr(method, "parts", 1) > 1:
+        raise ModelError(f"{method!r} in several processes: leave parts out, rows are shared.")
+    require_minibatches(sites, f"{name} in {shared.count} processes")
+    if sites.subsampled:
+        raise ModelError(
+            f'The plate "{sites.plate}" draws a minibatch of its own, which processes would draw '
+            "alike. Leave subsample_size out, and pass batch_size to the method."
+        )
+    size = getattr(method, "batch_size", None)
+    if size is not None and size % shared.count:
+        raise ModelError(
+            f"{name}(batch_size={size}) in {shared.count} processes: each takes an equal part of a "
+            f"minibatch. Pass a multiple of {shared.count}."
+        )
+    identity, _ = files_of_fit(model, data, method, seed)
+    shared.agree("their data, model, settings or seed", sorted(identity["is"].items()))
+
+
+def _agree(shared: processes.Processes | None, posterior: Posterior) -> None:
+    if shared is not None:
+        shared.agree("the posterior that they found", digest("", posterior.draws))
 
 
 def approximate(

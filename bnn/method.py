@@ -35,6 +35,8 @@ class Method(ABC):
     Attributes:
         adds_sites: True for a method whose program states latent sites of its own, so that there
             is something to infer in a model that has none.
+        distributes: True for a method all of whose work on rows is steps on minibatches, which
+            several processes can share.
 
     Example:
         >>> import bnn
@@ -47,6 +49,7 @@ class Method(ABC):
     """
 
     adds_sites: ClassVar[bool] = False
+    distributes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -34,6 +34,7 @@ from bnn import files
 from bnn.errors import CheckpointError, CheckpointWarning, ResumeMismatch, outside
 from bnn.files import Tree
 from bnn.handlers import generators, set_generators
+from bnn.processes import Processes
 
 _SCHEMA = 1
 FIT, POSTERIOR, _LOCK = "fit.safetensors", "posterior.safetensors", "lock"
@@ -104,22 +105,32 @@ class Run:
         stopped: what stopped it ("Ctrl-C", "SIGTERM", "loading"), or "".
         cut: True if a phase ended early for that.
         seconds: that earlier calls of the same fit took.
+        count: saves on the way so far.
 
     Args:
         folder: where it is kept; None keeps nothing.
         every: see `Checkpoint`.
         frozen: True takes no step: phases are set back to where they are, and end there.
+        shared: by these processes, of which the first one writes; a signal ends all of them.
     """
 
-    def __init__(self, folder: Path | None = None, every: float = 60.0, *, frozen: bool = False):
-        self.folder, self.every, self.frozen = folder, every, frozen
+    def __init__(
+        self,
+        folder: Path | None = None,
+        every: float = 60.0,
+        *,
+        frozen: bool = False,
+        shared: Processes | None = None,
+    ):
+        self.folder, self.every, self.frozen, self.shared = folder, every, frozen, shared
+        self.writes = folder is not None and not frozen and (shared is None or shared.first)
         self.stopped, self.cut, self.listening = "loading" if frozen else "", False, False
         self.seconds, self.phases = 0.0, 0
         self._start = self._saved = time.monotonic()
         self._owed: list[tuple[str, Any, dict[str, Tensor]]] = []  # files that had no room
         self._warned = False
         self._before: dict[int, Any] = {}
-        self._way, self._count = _newest(folder) if folder is not None else ({}, 0)
+        self._way, self.count = _newest(folder) if folder is not None else ({}, 0)
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator["Run"]:
@@ -130,7 +141,8 @@ class Run:
         """
         token = _current.set(self)
         try:
-            if not self.frozen and threading.current_thread() is threading.main_thread():
+            alone = not self.frozen and self.shared is None
+            if alone and threading.current_thread() is threading.main_thread():
                 self._listen()
             yield self
         finally:
@@ -167,7 +179,7 @@ class Run:
 
     def keep(self, name: str, tree: Tree) -> None:
         """Writes a file that does not change again; what there is no room for is tried again."""
-        if self.folder is not None and not self.frozen:
+        if self.writes:
             tensors: dict[str, Tensor] = {}
             stored = files.packed(tree, tensors)
             self._owed.append((name, stored, {k: v.detach().clone() for k, v in tensors.items()}))
@@ -175,12 +187,12 @@ class Run:
 
     def keep_state(self, tree: Tree) -> None:
         """Writes the state of the phase on its way, beside the one before."""
-        if self.folder is None or self.frozen or not self._pay():
+        if not self.writes or not self._pay():
             return
-        self._count += 1
+        self.count += 1
         tensors: dict[str, Tensor] = {}
-        stored = files.packed({**tree, "count": self._count}, tensors)
-        self._tried(f"state-{self._count % 2}.safetensors", stored, tensors)
+        stored = files.packed({**tree, "count": self.count}, tensors)
+        self._tried(f"state-{self.count % 2}.safetensors", stored, tensors)
 
     def finish(self, write: Callable[[Path], Any]) -> bool:
         """Writes the posterior; True once it is on the disk."""
@@ -189,7 +201,7 @@ class Run:
 
     def due(self) -> bool:
         """Whether it is time for a save."""
-        return self.folder is not None and time.monotonic() - self._saved >= self.every
+        return self.writes and time.monotonic() - self._saved >= self.every
 
     def elapsed(self) -> float:
         """Seconds, those of earlier calls included."""
@@ -307,7 +319,7 @@ class Phase:
 
     def _stream(self) -> None:
         """Writes what draws have come."""
-        if self.run.folder is None or self.run.frozen or not hasattr(self.loop, "fresh"):
+        if not self.run.writes or not hasattr(self.loop, "fresh"):
             return
         chunk = self.loop.fresh()  # type: ignore[attr-defined]
         if chunk:
@@ -407,13 +419,16 @@ class Folder:
 
     Args:
         path: the folder; made where there is none.
+        held: False only reads, beside the process that holds it.
 
     Raises:
         CheckpointError: it cannot be made, or another fit writes there.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, held: bool = True):
+        self.path, self._held = path, -1
+        if not held:
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._held = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -428,13 +443,14 @@ class Folder:
             ) from error
 
     def __enter__(self) -> "Folder":
-        for each in self.path.iterdir():
+        for each in self.path.iterdir() if self._held >= 0 else ():
             if each.name.startswith(".") and _OURS.fullmatch(each.name):
                 each.unlink()  # what a fit that was killed had half written
         return self
 
     def __exit__(self, *error: Any) -> None:
-        os.close(self._held)
+        if self._held >= 0:
+            os.close(self._held)
 
     @property
     def posterior(self) -> Path:
@@ -452,6 +468,10 @@ class Folder:
             ResumeMismatch: it is another fit's.
         """
         path = no_link(self.path / FIT)
+        if not path.exists() and self._held < 0:
+            raise CheckpointError(
+                f"{self.path} is not there for every process. Pass a folder that all machines see."
+            )
         if not path.exists():
             if any(_OURS.fullmatch(each.name) for each in self.path.iterdir()):
                 raise CheckpointError(f"{self.path} holds a run without {FIT}. Delete it.")

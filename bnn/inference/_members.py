@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.data import Batches, Data
+from bnn.data import Batches, Data, own_rows
 from bnn.handlers import branch, generator
 from bnn.inference._energy import Energy
 
@@ -105,7 +105,7 @@ class Members:
         rows, size = self.data.rows, self.batch_size or self.data.rows
         orders = torch.stack([torch.randperm(rows, generator=each) for each in generators])
         for start in range(0, rows - size + 1 if passes else 1, size):
-            yield self._at(orders[:, start : start + size])
+            yield self._at(own_rows(orders[:, start : start + size]))
 
     def _at(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Arguments and tensors of `rows` at rows of each member, (member, row)."""

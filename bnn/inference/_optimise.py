@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnn import processes
 from bnn.data import Batches
 from bnn.diagnostics import Finding
 from bnn.errors import ConvergenceWarning, FitError, outside
@@ -194,7 +195,7 @@ def maximise(
         ascent = _Ascent(step, climbs, batches, watch, culprit)
         phase = Phase(f"{what}: {label}", ascent)
         with bar(settings.steps * len(climbs), what, progress) as shown:
-            if seed is not None and not phase.frozen:
+            if seed is not None and not phase.frozen and processes.current() is None:
                 early = climbs[0].plateau is not None and climbs[0].plateau.judges
                 announce = lambda: shown.set_postfix_str("compiling the step, some seconds")
                 expected = settings.steps * (_SHARE if early else 1.0)

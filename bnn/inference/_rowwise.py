@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from bnn import processes
 from bnn.errors import ModelError
 from bnn.inference._energy import Energy
 from bnn.inference._layers import LinearMap, Rewired
@@ -112,6 +113,11 @@ class Rowwise:
     """
 
     def __init__(self, energy: Energy, estimator: Estimator, seed: np.random.SeedSequence):
+        if processes.current() is not None:
+            raise ModelError(
+                f'SVI(estimator="{estimator.__name__}") draws noise for each row, which processes '
+                'that share a fit would draw alike. Use estimator="reparameterization".'
+            )
         self.estimator = estimator
         self.sites = row_sites(energy, seed)
         if not self.sites:

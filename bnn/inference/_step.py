@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import grad
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from bnn import processes
 from bnn.chunks import Work
 from bnn.errors import CheckpointError, PerformanceWarning, outside
 from bnn.handlers import branch, seeded
@@ -258,8 +259,10 @@ class Step:
         value = self.objective(leaves, batch, weight, noise)
         gradients = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
         with torch.no_grad():
-            gradients = _whole(gradients, leaves)
-            return self._advance(leaves, gradients, state, value.detach(), rate, noise, False)
+            gradients, value = _whole(gradients, leaves), value.detach()
+            if (shared := processes.current()) is not None:
+                value, gradients = shared.mean(len(batch[-1]), value, gradients)
+            return self._advance(leaves, gradients, state, value, rate, noise, False)
 
     def _pure(
         self,

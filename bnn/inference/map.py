@@ -42,6 +42,8 @@ class MAP(Optimised):
         True
     """
 
+    distributes = True
+
     restarts: int = 1
     draws: int = 1_000
     parts: int = 1

@@ -86,6 +86,7 @@ class SVI(Optimised):
         True
     """
 
+    distributes = True
     guide: Any = "normal"
     estimator: str = "reparameterization"
     particles: int = 1
@@ -183,7 +184,6 @@ class SVI(Optimised):
                     z, stats = drawn(family, self.draws)
                     elbo = bound.value(data, sites)
                 params = constrained_parameters()
-        draws = {k: v[None] for k, v in energy.unflatten(z).items()}
         params |= {f"guide.{k}": v.detach().clone() for k, v in family.tensors.items()}
         if elbo is None and self.temperature == 1:
             elbo = float(history[-max(len(history) // 20, 1) :].mean())
@@ -192,7 +192,7 @@ class SVI(Optimised):
             method=self,
             data=data,
             sites=sites,
-            draws=draws,
+            draws={k: v[None] for k, v in energy.unflatten(z).items()},
             params=params,
             stats=stats,
             history=history,
