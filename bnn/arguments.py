@@ -41,13 +41,19 @@ def call_of(model: Model, data: Data) -> str:
     )
 
 
-def read(model: Model, args: tuple[Any, ...], batch_size: int | None = None) -> Data:
+def read(
+    model: Model,
+    args: tuple[Any, ...],
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+) -> Data:
     """The user's arrays as `Data`: numeric, finite, and one length.
 
     Args:
         model: the user's model.
         args: its arguments; or one loader, or another iterable of batches.
         batch_size: rows in a minibatch, by which arrays that are mapped from the disk are read.
+        device: to which the tensors go, and later batches with them; None leaves them.
 
     Raises:
         ModelError: the model is not a callable that takes this many arguments.
@@ -64,7 +70,7 @@ def read(model: Model, args: tuple[Any, ...], batch_size: int | None = None) -> 
     if loader is not None:
         args = _first_batch(loader)
     names = argument_names(model, len(args))
-    made = tensors(args, names)
+    made = tuple(tensor.to(device) for tensor in tensors(args, names))
     if made[-1].ndim == 0:
         raise DataError(
             f'The observations "{names[-1]}" are a single number. Pass one for each row, (row,).'
@@ -236,4 +242,4 @@ def check_arguments(args: tuple[Any, ...], data: Data) -> tuple[Tensor, ...]:
         raise DataError(
             f'"{name}" holds labels that are not whole numbers. Encode them as in the fit.'
         )
-    return (*inputs, y.to(known.dtype))
+    return (*inputs, y.to(known.device, known.dtype))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bnn import contract, files
 from bnn.data import Data
+from bnn.devices import checked
 from bnn.errors import CheckpointError, DataError, ModelError
 from bnn.fingerprint import fingerprint
 from bnn.handlers import parameters, quiet_pyro, seeded
@@ -85,13 +86,20 @@ def files_of_fit(
     }, tensors
 
 
-def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterior":
+def load(
+    path: "str | os.PathLike[str]",
+    model: Model,
+    *,
+    device: "str | torch.device | None" = None,
+    **code: Any,
+) -> "Posterior":
     """Reads a posterior that `Posterior.save` wrote. Nothing in the file is executed.
 
     Args:
         path: the file; or the folder of `fit(..., checkpoint=folder)`, of which this is the
             posterior at its end, or as far as it has come (`complete` is False then).
         model: the model that was fitted; its sites must be those in the file.
+        device: where the posterior is to lie, and to predict; None takes the CPU.
         **code: settings of the method that are code, as they were: a guide, a schedule, a prior
             function. What is not passed has its default, with a warning.
 
@@ -112,6 +120,9 @@ def load(path: "str | os.PathLike[str]", model: Model, **code: Any) -> "Posterio
         >>> torch.equal(again.predict(x).y, posterior.predict(x).y)
         True
     """
+    where = checked(device)
+    if where is not None:
+        return load(path, model, **code).to(where)
     path = Path(path)
     if path.is_dir():
         finished = no_link(path / POSTERIOR)

@@ -158,7 +158,7 @@ class Mapped:
 
     def __iter__(self) -> Iterator[tuple]:
         short = torch.int32 if self.rows < 2**31 else torch.int64
-        order = torch.randperm(self.rows, dtype=short)
+        order = torch.randperm(self.rows, dtype=short, device="cpu")
         for start in range(0, self.rows - self.size + 1, self.size):
             chosen = own_rows(order[start : start + self.size])
             chosen = chosen.sort().values.numpy()  # the disk's own order
@@ -285,9 +285,10 @@ def take_filled(args: tuple[Tensor, ...], first: int, size: int) -> tuple[Tensor
 
 
 def like(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """In the dtypes of other tensors, save where that would cut numbers off (0.5 to 0)."""
+    """On the devices and in the dtypes of others, save where that would cut numbers (0.5 to 0)."""
 
     def cast(a: Tensor, b: Tensor) -> Tensor:
+        a = a.to(b.device)
         made = a.to(b.dtype)
         return made if b.is_floating_point() or torch.equal(made.to(a.dtype), a) else a
 

@@ -194,7 +194,7 @@ def ess(x: Tensor) -> tuple[float, float]:
     import arviz
 
     az: Any = arviz
-    values = np.ascontiguousarray(np.moveaxis(x.double().numpy(), -1, 0))
+    values = np.ascontiguousarray(np.moveaxis(x.double().cpu().numpy(), -1, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bulk = min(float(az.ess(each, method="bulk")) for each in values)
@@ -210,7 +210,7 @@ def psis(log_ratios: Tensor) -> tuple[float, float]:
     """
     import arviz
 
-    ratios = log_ratios.double().numpy()
+    ratios = log_ratios.double().cpu().numpy()
     if np.ptp(ratios) < 1e-9:
         return 0.0, float(ratios.mean())
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bnn import arguments, contract, diagnostics, processes
+from bnn import arguments, contract, devices, diagnostics, processes
 from bnn.checkpoint import files_of_fit, read_finished, write
 from bnn.data import Data
 from bnn.errors import ConvergenceWarning, ModelError, outside
@@ -33,6 +33,7 @@ def fit(
     checkpoint: "str | os.PathLike[str] | Checkpoint | None" = None,
     executor: Executor | None = None,
     distributed: bool = False,
+    device: "str | torch.device | None" = None,
 ) -> Posterior:
     """Approximates the posterior of a Pyro model.
 
@@ -63,6 +64,9 @@ def fit(
             `MAP`: each runs this same call on the same data, takes its part of every minibatch, and
             has the whole posterior in the end, the same on all to the bit and, up to rounding, that
             of one process. The first one writes the checkpoint.
+        device: where to compute, such as "cuda": data, draws and all that the model makes without
+            naming a device go there (`posterior.to("cpu")` brings them back). None leaves the data
+            where they are.
 
     Ctrl-C ends the loop that the fit is in after its present step, and gives the posterior that can
     be made of what there is, with `complete=False` and a warning; so does SIGTERM where there is a
@@ -107,13 +111,15 @@ def fit(
     seed_sequence(seed)
     if distributed and executor is not None:
         raise ValueError("fit got executor= and distributed=True. Pass one of the two.")
+    where = devices.checked(device)
     if distributed and processes.current() is None:
-        with processes.together():
-            again = {"method": method, "seed": seed, "checkpoint": checkpoint}
+        with processes.together(where):
+            again = {"method": method, "seed": seed, "checkpoint": checkpoint, "device": where}
             return fit(model, *data, progress=progress, distributed=True, **again)
     start = time.perf_counter()
-    read = arguments.read(model, data, getattr(method, "batch_size", None))
-    read, sites = contract.check(model, read, adds_sites=method.adds_sites)
+    read = arguments.read(model, data, getattr(method, "batch_size", None), where)
+    with devices.on(read.observations.device):
+        read, sites = contract.check(model, read, adds_sites=method.adds_sites)
     shared = processes.current()
     if shared is not None:
         _check_shared(model, read, sites, method, seed, shared)
@@ -123,20 +129,21 @@ def fit(
         posterior = approximate(model, read, sites, method, seed, progress, run, executor)
         _agree(shared, posterior)
         return replace(posterior, seconds=time.perf_counter() - start)
-    where = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+    kept = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     first = shared is None or shared.first
     if not first:
         shared.wait()  # type: ignore[union-attr]  until the first has made the folder its own
-    with Folder(Path(where.folder), held=first) as folder:
+    with Folder(Path(kept.folder), held=first) as folder:
         folder.check(*files_of_fit(model, read, method, seed))
         if shared is not None and first:
             shared.wait()
         finished = folder.posterior.exists()
-        run = Run(None if finished else folder.path, where.every, shared=shared)
+        run = Run(None if finished else folder.path, kept.every, shared=shared)
         if shared is not None:
             shared.agree("what their checkpoint holds", finished, run.count)
         if finished:
-            return read_finished(folder.posterior, model, read, method)
+            posterior = read_finished(folder.posterior, model, read, method)
+            return posterior.to(read.observations.device)
         posterior = approximate(model, read, sites, method, seed, progress, run, executor)
         _agree(shared, posterior)
         if first and posterior.complete and run.finish(lambda path: write(posterior, path)):

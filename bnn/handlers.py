@@ -230,7 +230,7 @@ def branch(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequence:
 
 def generator(seed: np.random.SeedSequence) -> torch.Generator:
     """A torch generator seeded from the tree."""
-    return torch.Generator().manual_seed(_number(seed))
+    return torch.Generator(torch.get_default_device()).manual_seed(_number(seed))
 
 
 def _number(seed: np.random.SeedSequence) -> int:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bnn.checkpoint import is_repeated
 from bnn.data import Data
+from bnn.devices import on
 from bnn.errors import FitError, ModelError, outside
 from bnn.handlers import branch, quiet_pyro, seeded, threads
 from bnn.method import Method, Model
@@ -61,8 +62,8 @@ class Part:
 
     def compute(self, run: Run, progress: bool) -> Posterior:
         """The posterior, computed here."""
-        before = torch.get_default_dtype()
-        with ALONE, run.under_way(), quiet_pyro(), seeded(self.seed), threads(self.work):
+        before, here = torch.get_default_dtype(), on(self.data.observations.device)
+        with ALONE, run.under_way(), quiet_pyro(), here, seeded(self.seed), threads(self.work):
             torch.set_default_dtype(self.dtype)
             try:
                 posterior = self.method.fit(

@@ -15,6 +15,7 @@ from bnn import arguments, contract, markup
 from bnn.calibration import log_score
 from bnn.chunks import in_chunks
 from bnn.data import Data, take, take_filled
+from bnn.devices import on
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
     At,
@@ -104,6 +105,23 @@ class Posterior:
         """(chain, draw)."""
         first = next(iter(self.draws.values()), None)
         return self.count if first is None else (first.shape[0], first.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return self.data.observations.device
+
+    def to(self, device: "str | torch.device") -> "Posterior":
+        """The same posterior on a device, where it then predicts."""
+        moved = lambda tensors: {k: _moved(v, device) for k, v in tensors.items()}
+        data = replace(self.data, tensors=tuple(v.to(device) for v in self.data.tensors))
+        return replace(
+            self,
+            data=data,
+            draws=moved(self.draws),
+            params=moved(self.params),
+            snapshots=moved(self.snapshots),
+        )
 
     @property
     def program(self) -> Model:
@@ -479,10 +497,11 @@ class Posterior:
     def _parameters(self, inputs: tuple[Tensor, ...]) -> Iterator[None]:
         """The trainable leftovers as fitted, while the program runs."""
         if not self.sites.params:
-            yield
+            with on(self.device):
+                yield
             return
         args = take(inputs, slice(0, 1))
-        with parameters(self.model, (*args, None), self.params):
+        with on(self.device), parameters(self.model, (*args, None), self.params):
             yield
 
 
@@ -491,6 +510,13 @@ def _spread(draws: Tensor) -> str:
     if draws[0, 0].numel() != 1:
         return ""
     return f"{float(draws.double().mean()):.3g} ± {float(draws.double().std(correction=0)):.2g}"
+
+
+def _moved(draws: Tensor, device: "str | torch.device") -> Tensor:
+    """On a device; a mode that is repeated without taking memory still takes none."""
+    if draws.ndim > 1 and draws.stride(1) == 0:
+        return draws[:, :1].to(device).expand(draws.shape)
+    return draws.to(device)
 
 
 def _root(seed: int) -> Any:

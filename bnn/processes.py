@@ -37,10 +37,12 @@ class Processes:
     Attributes:
         rank: its number, from 0.
         count: of all.
+        device: where numbers are that they exchange; None is the CPU.
     """
 
     rank: int
     count: int
+    device: torch.device | None = None
 
     @property
     def first(self) -> bool:
@@ -92,7 +94,7 @@ class Processes:
             DataError: it is not.
         """
         digest = hashlib.sha256(repr(told).encode()).digest()[:7]
-        mine = torch.tensor([float(byte) for byte in digest], dtype=torch.float64)
+        mine = torch.tensor(list(digest), dtype=torch.float64, device=self.device)
         mean = mine.clone()
         self._summed(mean)
         low = (mine - mean / self.count).abs().sum()[None]
@@ -105,7 +107,7 @@ class Processes:
 
     def wait(self) -> None:
         """Until all are here."""
-        self._summed(torch.zeros(1))
+        self._summed(torch.zeros(1, device=self.device))
 
 
 _current: ContextVar[Processes | None] = ContextVar("processes", default=None)
@@ -134,7 +136,8 @@ def together(device: torch.device | None = None) -> Iterator[Processes]:
         cuda = device is not None and device.type == "cuda"
         processes.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
         atexit.register(_leave)
-    shared = Processes(processes.get_rank(), processes.get_world_size())
+    where = device if device is not None and processes.get_backend() == "nccl" else None
+    shared = Processes(processes.get_rank(), processes.get_world_size(), where)
     token = _current.set(shared)
     try:
         yield shared

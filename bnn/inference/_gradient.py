@@ -43,6 +43,7 @@ class Gradient:
 
     Attributes:
         route: the one in use, see above.
+        device: of the data, where it computes.
         block: lanes that one run of a graph computes; fewer than all where arrays of all of them
             would not stay in a core's cache.
 
@@ -61,6 +62,7 @@ class Gradient:
     ):
         self.energy, self.lanes = energy, lanes
         args = energy.data.tensors
+        self.device = args[-1].device
 
         def potential(z: Tensor) -> Tensor:
             return -energy.log_joint(z, args)
@@ -97,9 +99,9 @@ class Gradient:
             )
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(lane, size) -> potential (lane,) and gradient (lane, size)."""
-        gradient, value = self._call(z)
-        return value, gradient
+        """(lane, size) -> potential (lane,) and gradient (lane, size), on the CPU."""
+        gradient, value = self._call(z.to(self.device))
+        return value.cpu(), gradient.cpu()
 
     def hasten(self, calls: float, announce: Callable[[], None] = lambda: None) -> bool:
         """Compiles, if so many calls would repay it; True if it did.

@@ -233,7 +233,9 @@ class Step:
             if not torch.isfinite(leaf).all():
                 raise CheckpointError(f'The state of a fit is not finite: its "{name}".')
         self._set(whole["now"])
-        self.good, self.steps, self._given = whole["good"], whole["steps"], None
+        here = self._rate.device
+        self.good = tree_map(lambda t: t.to(here) if isinstance(t, Tensor) else t, whole["good"])
+        self.steps, self._given = whole["steps"], None
 
     def settle(self, index: tuple[int, ...]) -> None:
         """Sets the leaves of one member to their running average, which starts anew."""

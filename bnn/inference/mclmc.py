@@ -128,7 +128,7 @@ class MCLMC(Method):
             gradient.hasten(_STEPS * rounds, announce)
             sampler = Sampler(
                 gradient,
-                energy.initial(self.chains, branch(seed, 0)).numpy(),
+                energy.initial(self.chains, branch(seed, 0)).cpu().numpy(),
                 np.stack(streams),
                 np.random.default_rng(branch(seed, 3)),
                 target=self.target_accept,
@@ -149,7 +149,7 @@ class MCLMC(Method):
             method=self,
             data=data,
             sites=sites,
-            draws=energy.unflatten(torch.from_numpy(z)),
+            draws=energy.unflatten(torch.from_numpy(z).to(gradient.device)),
             stats=stats,
         )
         if not self.adjusted:

@@ -113,7 +113,7 @@ class NUTS(Method):
 
         energy = Energy(model, data, sites)
         lanes = self.abreast
-        start = energy.initial(lanes, branch(seed, 0)).numpy()
+        start = energy.initial(lanes, branch(seed, 0)).cpu().numpy()
         streams = [branch(seed, 2, lane).generate_state(4, np.uint64) for lane in range(lanes)]
         gradient = Gradient(energy, lanes, branch(seed, 1))
         with bar(self.warmup + self.draws, "NUTS", progress) as shown:
@@ -138,7 +138,7 @@ class NUTS(Method):
             method=self,
             data=data,
             sites=sites,
-            draws=energy.unflatten(torch.from_numpy(z)),
+            draws=energy.unflatten(torch.from_numpy(z).to(gradient.device)),
             stats=stats,
         )
 

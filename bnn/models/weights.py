@@ -94,8 +94,18 @@ def sample_weights(net: torch.nn.Module, prior: Prior | None = None, *, name: st
         if parameter.requires_grad:
             module = net.get_submodule(own.rpartition(".")[0])
             site = f"{name}.{own}" if name else own
-            weights[own] = _stated(site, prior, parameter.detach(), module)
-    return Sampled(net, weights, name)
+            weights[own] = _stated(site, prior, _here(parameter.detach()), module)
+        elif _here(parameter) is not parameter:
+            weights[own] = _here(parameter)
+    buffers = {own: _here(buffer) for own, buffer in net.named_buffers()}
+    moved = {own: buffer for own, buffer in buffers.items() if buffer is not net.get_buffer(own)}
+    return Sampled(net, weights | moved, name)
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """On the device that tensors are made on, where that is named (`fit(..., device=)`)."""
+    device = torch.get_default_device()
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def check_net(net: Any) -> None:
