@@ -18,6 +18,7 @@ TRUTH, IDEAL, DATA, CHANCE = "#D55E00", "#444444", "#222222", "0.88"
 SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SIZE = (5.0, 4.0)  # inches: half the width of a notebook
+_LONG = 38  # characters: two longer names side by side are wider than that
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ def tint(colour: str) -> tuple[float, float, float]:
 
 def legend_below(ax: "Axes", columns: int = 2, drop: float = 0.16) -> None:
     """A legend under the axes, where it covers nothing; `drop` is a share of their height."""
+    names = ax.get_legend_handles_labels()[1]
+    columns = 1 if any(len(name) > _LONG for name in names) else columns
     ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -drop),

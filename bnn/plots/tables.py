@@ -71,6 +71,7 @@ def compare(table: "pandas.DataFrame", *, title: str = "", ax: "Axes | None" = N
         title=title,
     )
     ax.set_yticklabels([str(name) for name in ordered.index])
+    ax.locator_params(axis="x", nbins=5)
     if hollow.any():
         style.legend_below(ax, drop=0.3)
     return ax

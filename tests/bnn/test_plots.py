@@ -1,6 +1,7 @@
 """Pictures: where they are drawn, what they say, and what they refuse."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import matplotlib
 
@@ -543,6 +544,22 @@ def test_compare_marks_what_does_not_compare():
     assert told(ax) == ["log score", "not comparable"]
     ax = plots.compare(TABLE.assign(log_score=[float("nan"), -1.0]))
     assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [("no score", 1)]
+
+
+def test_ticks_of_close_scores_do_not_run_into_each_other():
+    scores = TABLE.assign(log_score=[-5.425, -5.471], log_score_se=[0.057, 0.087])
+    ax = plots.compare(scores, ax=pyplot.subplots(figsize=(4.5, 3), layout="constrained")[1])
+    ax.figure.draw_without_rendering()
+    boxes = [each.get_window_extent() for each in ax.get_xticklabels() if each.get_text()]
+    assert len(boxes) > 2
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+
+
+def test_long_names_leave_the_axes_their_width():
+    curves = {f"a method, its score of long name {i}": CURVE for i in range(3)}
+    ax = plots.risk_coverage(curves)
+    ax.figure.draw_without_rendering()
+    assert ax.get_position().width > 0.6
 
 
 def test_risk_coverage_draws_the_curve_and_tells_its_area():
