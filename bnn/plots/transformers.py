@@ -82,7 +82,8 @@ def attention(
     mean, sd = a.mean(0).cpu().numpy(), a.std(0, correction=0).cpu().numpy()
     names = _names(tokens, a.shape[-1])
     heads = a.shape[1]
-    size = (1.2 + 2.1 * heads, 4.6)
+    side = max(2.1, 0.19 * len(names))  # inches: a name at each place
+    size = (1.2 + side * heads, 0.4 + 2 * side)
     figure, grid = pyplot.subplots(2, heads, figsize=size, layout="constrained", squeeze=False)
     shown = ((mean, "mean weight", 1.0), (sd, "sd over draws", max(float(sd.max()), 1e-3)))
     for axes, (values, told, top) in zip(grid, shown, strict=True):

@@ -1,6 +1,7 @@
 """Pictures of attention and saliency show what they say."""
 
 import warnings
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -58,6 +59,17 @@ def test_attention_is_the_mean_and_the_spread_of_the_draws(attention_is, method)
         np.testing.assert_allclose(shown[0], a.mean(0), atol=1e-6)
         np.testing.assert_allclose(shown[1], a.std(0, correction=0), atol=1e-6)
     assert [t.get_text() for t in grid[0, 0].get_xticklabels()] == list("abcde")
+
+
+def test_names_of_many_tokens_do_not_cover_one_another():
+    x = np.random.default_rng(0).standard_normal((6, 8, 8))
+    model = bnn.models.vit((8, 8), 2, width=8, heads=1, layers=1)
+    posterior = fit(model, x, np.arange(6) % 2, method=bnn.MAP(steps=2, draws=2))
+    ax = attention(posterior, x)[0, 0]
+    ax.figure.draw_without_rendering()
+    boxes = [each.get_window_extent() for each in ax.get_yticklabels()]
+    assert len(boxes) == 16
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
 def test_saliency_of_a_linear_model_is_weight_times_input():
