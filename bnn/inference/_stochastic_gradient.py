@@ -12,6 +12,7 @@ exactly, at every stable h (BAOAB of Leimkuhler and Matthews); elsewhere the err
 """
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,13 @@ from torch import Tensor
 
 from bnn.data import Batches, Data
 from bnn.diagnostics import Finding, warn
-from bnn.errors import ApproximationWarning, CheckpointError, FitError
+from bnn.errors import (
+    ApproximationWarning,
+    CheckpointError,
+    ConvergenceWarning,
+    FitError,
+    outside,
+)
 from bnn.handlers import branch, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
@@ -40,6 +47,7 @@ _CLIMB = 0.5  # of warmup: ascent to a mode; the rest is the sampler's, its draw
 _WIDEST = 10.0  # scales, in those of the prior, where the density is flat
 _LONGEST, _STABLE = 0.6, 0.7  # step size; times the fastest frequency (2 is where steps diverge)
 _NOISE = 0.3  # what minibatches may add to the variance in any direction, relative to it
+_RETREATS = 6  # of a chain that has run away, each with half the step
 _EXPLORING = 0.5  # of a cycle: no draws are kept
 _STATS = ("lp", "step_size", "temperature", "noise")
 _LIMIT, _NOISY = 0.1, 0.5  # error of the temperature, and noise, above which draws are doubtful
@@ -205,6 +213,14 @@ def draw(
             chains.run(phase, shown)
         phase.require(bool(chains.positions))
         positions, stats = chains.kept()
+    if chains.ran:
+        warnings.warn(
+            f"{name}: chains ran away {chains.ran} times while they drew, and went on from their "
+            "last draw with half the step: draws near the edge of what is stable are missing. Pass "
+            f"step_size below {float(stats['step_size'].min()):.2g}.",
+            ConvergenceWarning,
+            stacklevel=outside(),
+        )
     warn(of_spread(stats), ApproximationWarning)
     return Posterior(
         model=model,
@@ -236,7 +252,8 @@ class _Chains:
         self.step = Step(members.objective, {"mode": self.z}, fresh, members.axis, rule=rule)
         self.noisiest = torch.zeros(method.chains, dtype=torch.float64)
         self.lost, self.lp = [0] * method.chains, [math.nan] * method.chains
-        self.number, self.measured, self.since, self.sent = -burn, 0, 0, 0
+        self.home, self.halved = z.detach().clone(), [0] * method.chains
+        self.number, self.measured, self.since, self.sent, self.ran = -burn, 0, 0, 0, 0
         self.total = torch.zeros(method.chains, dtype=torch.float64)  # of lp, since the last draw
         self.positions: list[Tensor] = []
         self.stats: dict[str, list[Tensor]] = {k: [] for k in _STATS}
@@ -266,6 +283,7 @@ class _Chains:
             self.total += torch.tensor(self.advance(factor, shown), dtype=torch.float64)
             self.since += 1
             if self.number in wanted:
+                self.home.copy_(self.z.detach())
                 rates = factor * torch.tensor(self.rates, dtype=torch.float64)
                 self.positions.append(self.z.detach().reshape(method.chains, -1).clone())
                 self.stats["lp"].append(self.total / self.since)
@@ -288,9 +306,11 @@ class _Chains:
             "rates": self.rates,
             "noisiest": self.noisiest,
             "lost": self.lost,
+            "home": self.home,
+            "halved": self.halved,
             "lp": torch.tensor(self.lp, dtype=torch.float64),
             "total": self.total,
-            "numbers": [self.number, self.measured, self.since],
+            "numbers": [self.number, self.measured, self.since, self.ran],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -298,8 +318,9 @@ class _Chains:
         self.step.restore(state["step"])
         self.batches.restore(state["batches"])
         self.rates, self.noisiest, self.lost = state["rates"], state["noisiest"], state["lost"]
+        self.home, self.halved = state["home"], state["halved"]
         self.lp, self.total = state["lp"].tolist(), state["total"]
-        self.number, self.measured, self.since = state["numbers"]
+        self.number, self.measured, self.since, self.ran = state["numbers"]
         if not min(self.rates) > 0 or not torch.isfinite(self.step.state["scale"]).all():
             raise CheckpointError("The state of a sampler has a scale or step size of NaN.")
 
@@ -331,18 +352,30 @@ class _Chains:
             self.lost[chain] = self.lost[chain] + 1 if bad else 0
             self.lp[chain] = self.lp[chain] if bad else value
             if self.lost[chain] == 3:
-                raise FitError(
-                    f"{type(self.method).__name__} {chain + 1}: the log density was not finite "
-                    "three times in a row: the chain has run away. Lower step_size (it was "
-                    f"{self.rates[chain]:.2g}), or rescale the data.",
-                    step=self.number + self.burn,
-                    site=self.members.culprit({"mode": self.z}, batch, chain) or bad,
-                )
+                self.retreat(chain, batch, bad)
         shown.update()
         return self.lp
 
-    def measure(self) -> None:
-        """Scales and step sizes for where the chains are."""
+    def retreat(self, chain: int, batch: tuple[Any, ...], bad: str) -> None:
+        """Puts a chain that has run away back to its last draw, with half the step size."""
+        self.halved[chain] += 1
+        if self.method.step_size is not None or self.halved[chain] > _RETREATS:
+            raise FitError(
+                f"{type(self.method).__name__}, chain {chain}: the log density was not finite "
+                "three times in a row: the chain has run away. Lower step_size (it was "
+                f"{self.rates[chain]:.2g}), or rescale the data.",
+                step=self.number + self.burn,
+                site=self.members.culprit({"mode": self.z}, batch, chain) or bad,
+            )
+        at = chain if self.members.axis is not None else slice(None)
+        with torch.no_grad():
+            self.z[at] = self.home[at]
+            self.step.state["velocity"][at].normal_()
+        self.rates[chain], self.lost[chain] = self.rates[chain] / 2, 0
+        self.ran += self.number >= 0  # in burn-in it costs nothing but time
+
+    def measure(self, again: bool = False) -> None:
+        """Scales and step sizes for where the chains are; one on its way to infinity comes back."""
         z, state, method = self.z.detach(), self.step.state, self.method
         if method.preconditioned:
             state["scale"].copy_(self.stiffness.scales(z, self.widest))
@@ -352,13 +385,24 @@ class _Chains:
             stable = _STABLE / self.stiffness.stiffest(z, state["scale"]).sqrt().reshape(-1)
             still = 1 / method.damping  # from coth x <= 1 + 1 / x
             quiet = (still**2 + 4 * _NOISE / self.noisiest).sqrt() - still
-            self.rates = stable.minimum(quiet).clamp(max=_LONGEST).tolist()
-        if not all(torch.isfinite(torch.as_tensor(e)).all() for e in (self.rates, state["scale"])):
+            longest = stable.minimum(quiet).clamp(max=_LONGEST).tolist()
+            self.rates = [h * 0.5**n for h, n in zip(longest, self.halved, strict=True)]
+        told = torch.cat(
+            [torch.tensor(self.rates)[:, None], state["scale"].view(len(self.rates), -1)], 1
+        )
+        away = ~torch.isfinite(told).all(1)
+        if away.any() and self.measured and not again:  # on the way out, not yet at infinity
+            at = away if self.members.axis is not None else slice(None)
+            with torch.no_grad():
+                self.z[at] = self.home[at]
+            return self.measure(again=True)
+        if away.any():
             raise FitError(
                 f"{type(method).__name__}: the gradient is not finite where the chains are. "
                 "Rescale the data, or narrow the priors.",
                 step=self.number + self.burn,
             )
+        self.home.copy_(z)
 
     def noise(self, rates: Tensor) -> Tensor:
         """What fresh minibatches would add to the variance in the noisiest direction, (chain,).

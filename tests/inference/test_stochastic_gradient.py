@@ -1,5 +1,6 @@
 """SGHMC and SGLD against the law of their own steps, known in closed form for a Gaussian."""
 
+import dataclasses
 import math
 import warnings
 from functools import partial
@@ -14,6 +15,7 @@ import bnn
 from bnn.diagnostics import warn
 from bnn.inference._step import Step
 from bnn.inference._stochastic_gradient import Langevin, kept_steps, of_spread
+from bnn.models import mlp_regression, priors
 from tests import exact
 from tests.exact import assert_exact, langevin_map, stationary
 
@@ -211,3 +213,20 @@ def test_local_sites_and_leftovers_are_refused():
 
     with pytest.raises(bnn.ModelError, match="no prior to be drawn from: offset"):
         bnn.fit(trainable, x, x, method=bnn.SGLD())
+
+
+def test_a_chain_that_runs_away_in_warmup_goes_back_with_half_the_step():
+    """A net whose noise is small at its mode: steps that are stable there are not around it."""
+    x = torch.linspace(-2, 2, 80)[:, None]
+    noise = torch.randn(80, generator=torch.Generator().manual_seed(0))
+    model = mlp_regression(1, (20,), prior=priors.Normal(scale=1.0))
+    data = x, torch.sin(2 * x[:, 0]) + 0.1 * noise
+    method = bnn.SGHMC(chains=4, steps=1_000, draws=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = bnn.fit(model, *data, method=method, seed=0, progress=False)
+        assert all(torch.isfinite(v).all() for v in posterior.draws.values())
+        assert float(posterior.predict(x).mean.sub(data[1]).square().mean().sqrt()) < 0.3
+        held = dataclasses.replace(method, step_size=0.32)
+        with pytest.raises(bnn.FitError, match=r"SGHMC, chain \d: .* Lower step_size"):
+            bnn.fit(model, *data, method=held, seed=0, progress=False)
