@@ -110,7 +110,7 @@ class Prediction(Predictive):
             memory of its own), each (chain, draw, row, *).
         inputs: the rows predicted.
         outcomes: draws of y that quantiles are read off: y itself or, where there are fewer than
-            400 (an ensemble's), y drawn several times at each draw, (chain, draw*times, row, *).
+            400 (an ensemble's), y and more of its kind at each draw, (chain, draw*times, row, *).
 
     Example:
         >>> import bnn
@@ -134,8 +134,15 @@ class Prediction(Predictive):
     outcomes: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.outcomes is None:
+        if self.outcomes is None or not self._go_with_y():
             object.__setattr__(self, "outcomes", self.y)
+
+    def _go_with_y(self) -> bool:
+        """False where `replace` has put another y in the place of that which they begin with."""
+        (chains, draws), shape = self.y.shape[:2], self.outcomes.shape
+        if not draws or shape[0] != chains or shape[1] % draws or shape[2:] != self.y.shape[2:]:
+            return False
+        return torch.equal(self.outcomes[:, :: shape[1] // draws], self.y)
 
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""
@@ -453,10 +460,10 @@ class _Pooled:
         self.labels = False
 
     def again(self, fn: Any) -> Tensor | None:
-        """Further draws of y at each draw, (draw, row, *, times), where there are few draws."""
+        """Further draws of y at each draw, (draw, row, *, times - 1), where draws are few."""
         if self.times == 1:
             return None
-        return torch.stack([fn.sample() for _ in range(self.times)], -1)
+        return torch.stack([fn.sample() for _ in range(self.times - 1)], -1)
 
     def add(
         self,
@@ -514,13 +521,13 @@ class _Pooled:
         self.sums[first] = new
 
     def prediction(self, shape: tuple[int, int], inputs: tuple[Tensor, ...]) -> Prediction:
-        again = self.kept.pop(_AGAIN, None)  # (draw, row, *, times)
+        again = self.kept.pop(_AGAIN, None)  # (draw, row, *, times - 1)
         draws = {k: v.reshape(*shape, *v.shape[1:]) for k, v in self.kept.items()}
         dtype, y = self.dtype, draws["y"]
         outcomes = y
         if again is not None:
-            again = again.movedim(-1, 1)
-            outcomes = again.reshape(shape[0], shape[1] * self.times, *again.shape[2:])
+            all_of = torch.cat([self.kept["y"][:, None], again.movedim(-1, 1)], 1)
+            outcomes = all_of.reshape(shape[0], shape[1] * self.times, *all_of.shape[2:])
 
         def joined(name: str) -> Tensor:
             return torch.cat([self.sums[k][name] for k in sorted(self.sums)]).to(dtype)

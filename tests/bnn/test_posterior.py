@@ -287,6 +287,15 @@ def test_quantiles_of_an_ensemble_are_those_of_its_mixture(lifted, rows, monkeyp
     assert float(inside) == pytest.approx(0.9, abs=0.02)
 
 
+def test_outcomes_go_with_y(rows):
+    """Whoever replaces y, by a recalibrated one, gets intervals of the new one."""
+    few = bnn.fit(by_hand, *rows, method=bnn.MAP(draws=4)).predict(rows[0])
+    assert torch.equal(few.outcomes[:, ::100], few.y)
+    moved = dataclasses.replace(few, y=few.y + 5.0)
+    assert torch.equal(moved.outcomes, moved.y)
+    assert dataclasses.replace(few, local={}).outcomes.shape == (1, 400, len(rows[0]))
+
+
 def test_outcomes_of_many_draws_are_y(rows):
     posterior = bnn.fit(by_hand, *rows, method=bnn.MAP(draws=400))
     got = posterior.predict(rows[0])

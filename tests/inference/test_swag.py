@@ -109,7 +109,7 @@ def test_trainable_leftovers_are_fitted_and_held(regression):
     method = bnn.SWAG(steps=2_000, collection=500, batch_size=10, draws=50)
     posterior = bnn.fit(Line(), regression.x, regression.y + 3.0, method=method)
     assert abs(float(posterior.params["offset"]) - float(regression.y.mean()) - 3.0) < 0.1
-    with pytest.raises(bnn.ModelError, match="every restart its own cloud"):
+    with pytest.raises(bnn.ModelError, match="each of its restarts its own values"):
         bnn.fit(Line(), regression.x, regression.y, method=bnn.SWAG(restarts=2))
 
 
