@@ -55,7 +55,7 @@ def same_rows(first: Tensor, second: Tensor, names: tuple[str, str]) -> None:
 
 
 def probabilities(probs: Any, name: str = "probs") -> Tensor:
-    """Class probabilities, (row, *, class).
+    """Class probabilities, (row, *, class); what rounding has put outside 0..1 is put back.
 
     Raises:
         DataError: no class axis, values outside [0, 1], or a sum that is not 1.
@@ -80,7 +80,7 @@ def probabilities(probs: Any, name: str = "probs") -> Tensor:
             f"{float(sums.flatten()[off.argmax()]):g} at one of {off.numel()} rows. "
             f"Divide by {name}.sum(-1, keepdims=True) if they are meant as probabilities."
         )
-    return probs
+    return probs.clamp(0, 1)
 
 
 def labels_of(labels: Any, classes: int, rows: torch.Size) -> Tensor:

@@ -246,7 +246,7 @@ def brier_decomposition(
     """
     probs, labels = classified(probs, labels)
     came, rows = _indicator(labels, probs), len(labels)
-    parts = torch.zeros(4, dtype=torch.float64)
+    parts = came.new_zeros(4)
     for stated, true in zip(probs.T, came.T, strict=True):
         edges = stated.unique() if bins is None else _edges(stated, bins, equal)
         where = _place(stated, edges)

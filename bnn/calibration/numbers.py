@@ -1,7 +1,7 @@
 """Predictions of numbers: coverage and width of intervals, PIT, CRPS.
 
-y_draws are predictive draws, (chain, draw, row, *) or (draw, row, *), such as `prediction.y`; y the
-observations, (row, *). The same functions serve counts.
+y_draws are predictive draws, (chain, draw, row, *) or (draw, row, *), such as
+`prediction.outcomes`; y the observations, (row, *). The same functions serve counts.
 """
 
 from collections.abc import Callable

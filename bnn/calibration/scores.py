@@ -66,10 +66,11 @@ def joint_log_score(log_likelihood: Any, groups: Any = None) -> Tensor:
     if groups is None:
         return _log_mean(each.double().sum(1)).to(each.dtype)
     index = tensor(groups, "groups")
-    if index.ndim != 2 or bool(((index < 0) | (index >= each.shape[1])).any()):
+    wrong = (index < 0) | (index >= each.shape[1]) | (index != index.round())
+    if index.ndim != 2 or bool(wrong.any()):
         raise DataError(
             f"groups has shape {tuple(index.shape)} and values in {index.min():g}..{index.max():g}."
-            f" Pass (group, member) with rows in 0..{each.shape[1] - 1}."
+            f" Pass (group, member) with rows in 0..{each.shape[1] - 1}, whole numbers."
         )
     total = each.new_zeros(len(each), len(index), dtype=torch.float64)
     for member in index.long().to(each.device).T:  # (group,)

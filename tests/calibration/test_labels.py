@@ -202,6 +202,7 @@ def test_scores_by_hand():
     assert brier(probs, [0, 2]) == pytest.approx((0.09 + 0.04 + 0.01 + 0.25 + 0.25) / 2)
     assert nll(probs, [0, 2]) == pytest.approx(-(math.log(0.7) + math.log(0.5)) / 2)
     assert nll(probs, [0, 0]) == math.inf
+    assert nll([[1 + 1e-5, -1e-5]], [1]) == math.inf  # what rounding leaves of 0
 
 
 def test_rows_may_have_axes():

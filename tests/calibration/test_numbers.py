@@ -59,6 +59,16 @@ def test_it_tells_a_wrong_width():
     assert interval_coverage(2.0 * draws, y, 0.9) > 0.9 + 4 * error
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_coverage_of_a_gaussian_is_the_closed_form(scale):
+    """y ~ N(0, 1) and draws of N(0, scale^2): 2 Phi(scale z) - 1 at every level."""
+    evenly = stats.norm.ppf((np.arange(2_000) + 0.5) / 2_000)
+    levels = np.linspace(0.05, 0.95, 19)
+    found = interval_coverage(scale * np.repeat(evenly[:, None], 2_000, 1), evenly, levels)
+    exact = 2 * stats.norm.cdf(scale * stats.norm.ppf((1 + levels) / 2)) - 1
+    assert found.numpy() == pytest.approx(exact, abs=2 / 2_000)
+
+
 def test_rows_are_taken_in_blocks(monkeypatch):
     y, draws = torch.rand(50), torch.rand(2, 30, 50)
     whole = interval_coverage(draws, y, [0.3, 0.8])

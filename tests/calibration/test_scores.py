@@ -81,6 +81,7 @@ def test_dyadic_groups_come_back_to_few_rows():
         (lambda: log_score(torch.full((2, 3), math.nan)), "log_likelihood has 6 NaN"),
         (lambda: joint_log_score(torch.zeros(0, 3)), "no rows, or no draws"),
         (lambda: joint_log_score(FAIR, [[0, 1]]), r"values in 0\.\.1.*rows in 0\.\.0"),
+        (lambda: joint_log_score(FAIR, [[0, 0.5]]), "whole numbers"),
         (lambda: joint_log_score(FAIR, [0]), r"groups has shape \(1,\)"),
         (lambda: dyadic(1), "rows=1"),
         (lambda: dyadic(5, size=0), "size=0"),
