@@ -39,7 +39,7 @@ def reference(posterior: Posterior, *inputs: Any, against: Posterior) -> "pandas
       distribution functions of the draws. Biased upwards, by about sd / sqrt(draws).
     - `w1_sd`: the same in standard deviations of the reference.
     - `sd_ratio`: sd of f over that of the reference, geometric mean over rows; 1 is right, below 1
-      too sure.
+      too sure. Where neither varies (w x at x = 0) it is 1.
     - `agreement`, for labels: share of rows with the same most probable class.
     - `tv_floor`, `w1_floor`: what two halves of the reference's own draws give. Distances near
       these cannot be told from none.
@@ -145,12 +145,12 @@ def _distances(
 ) -> dict[str, Tensor]:
     """Every measure of every row, (row,) each."""
     f, g = (_outputs(each) for each in (first, second))  # (draw, row, output)
-    sd, trusted = f.std(0), g.std(0)
+    sd, trusted = (each.std(0, correction=int(len(each) > 1)) for each in (f, g))
     w1, halves = wasserstein(f, g), _halves(against)
     found = {
         "w1": w1.mean(1),
-        "w1_sd": (w1 / trusted.clamp(min=1e-30)).mean(1),
-        "sd_ratio": (sd / trusted.clamp(min=1e-30)).log().mean(1),
+        "w1_sd": (w1 / trusted).nan_to_num(0.0, posinf=math.inf).mean(1),
+        "sd_ratio": (sd / trusted).nan_to_num(1.0, posinf=math.inf).log().mean(1),
     }
     own = [each.predict(*first.inputs) for each in halves]
     found["w1_floor"] = wasserstein(*(_outputs(each) for each in own)).mean(1)
@@ -242,7 +242,7 @@ def total_variation(
 
 def _some(prediction: Prediction) -> Tensor:
     """Draws of y, evenly spread over all, (point, row, *)."""
-    y = prediction.y.flatten(0, 1)
+    y = prediction.outcomes.flatten(0, 1)
     return y[torch.linspace(0, len(y) - 1, _POINTS).round().long()]
 
 

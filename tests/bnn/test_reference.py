@@ -120,6 +120,26 @@ def test_the_ratio_of_widths_is_told_by_region(fitted):
     assert table["sd_ratio"].to_numpy() == pytest.approx(2.0, rel=0.06)
 
 
+def test_rows_and_posteriors_without_variance():
+    """f = w x does not vary at x = 0; a posterior of one draw nowhere, and infinitely too sure."""
+
+    def through_zero(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", w * x)
+            pyro.sample("y", dist.Normal(f, NOISE), obs=y)
+
+    x = torch.arange(-5.0, 6.0)
+    fitted = bnn.fit(through_zero, x, x, method=bnn.Laplace(steps=50, draws=10))
+    trusted, wide = gaussian(fitted, 1.0, 0.1, 0), gaussian(fitted, 1.0, 0.2, 0)
+    row = bnn.reference(wide, x, against=trusted).loc["all"]
+    assert row["sd_ratio"] == pytest.approx(2 ** (10 / 11), rel=1e-4)
+    assert 0 < row["w1_sd"] < 1
+    one = bnn.reference(replace(wide, draws={"w": torch.ones(1, 1)}), x, against=trusted)
+    assert one.loc["all", "sd_ratio"] == 0
+    assert one.loc["all", "w1_sd"] == pytest.approx(10 / 11 * math.sqrt(2 / math.pi), rel=0.05)
+
+
 def test_mean_field_is_told_from_nuts(regression):
     """Too narrow by .62 in both weights, in f by what the inputs' correlation leaves of it."""
     data = regression.model, regression.x, regression.y
