@@ -161,8 +161,7 @@ def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[st
     row = {"log_score": score, "log_score_se": error}
     if prediction.probs is not None:
         row["accuracy"] = float((prediction.probs.argmax(-1) == y).double().mean())
-        if prediction.probs.ndim == 2:
-            row["ece"] = ece(prediction.probs, y)
+        row["ece"] = ece(prediction.probs, y)
     else:
         row["rmse"] = _rmse(prediction.mean, y)
         row["coverage_90"] = float(interval_coverage(prediction.outcomes, y, LEVEL))

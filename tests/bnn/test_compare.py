@@ -127,6 +127,21 @@ def test_labels_are_scored_by_accuracy():
     assert "coverage_90" not in table
 
 
+def test_labels_of_every_place_of_a_row_are_scored():
+    def places(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+        with pyro.plate("data", len(x)):
+            logits = torch.stack([x @ w, -x @ w], 1)  # (row, place, class)
+            pyro.sample("y", dist.Categorical(logits=logits).to_event(1), obs=y)
+
+    y = torch.stack([(X[:, 0] > 0).long(), (X[:, 1] > 0).long()], 1)
+    posterior = bnn.fit(places, X, y, method=bnn.SVI(steps=50, draws=20))
+    table = bnn.compare({"places": posterior}, data=(X, y))
+    probs = posterior.predict(X).probs
+    expected = bnn.calibration.ece(probs.flatten(0, 1), y.flatten())
+    assert table.loc["places", "ece"] == pytest.approx(expected)
+
+
 def test_the_table_says_where_a_column_does_not_compare(fits):
     """In print, by row; the reasons in attrs."""
 
