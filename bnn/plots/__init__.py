@@ -5,7 +5,8 @@ calibration       `truth`, `coverage`, `pit`, `reliability`, `risk_coverage`
 transformers      `attention`, `saliency`
 fits              `trace`, `history`, `members`, `members_film`, `diagnose`, `compare`, `sbc`
 
-All take `ax=`, and open a figure where there is none. Aleatoric is orange and epistemic blue.
+All but `attention` take `ax=`, and open a figure where there is none. Aleatoric is orange and
+epistemic blue.
 """
 
 from bnn.plots._style import ALEATORIC, EPISTEMIC, IDEAL, MARKERS, SERIES, TOTAL, TRUTH

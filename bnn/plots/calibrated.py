@@ -48,7 +48,7 @@ def coverage(
         >>> ax = coverage(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), x[:, 0])
     """
     named = style.named(predictions)
-    observed = torch.tensor(np.asarray(y))
+    observed = tensor(y, "y").cpu()
     for prediction in named.values():
         style.numbers_only(prediction, "coverage", "reliability")
     levels = torch.linspace(0.05, 0.95, 19)
@@ -128,6 +128,7 @@ def pit(
             values, cells = _values(given), _POINTS
         else:
             style.numbers_only(given, "pit", "reliability")
+            style.one_number_a_row(given, "pit")
             values = calibration.pit(given.outcomes, y)
             draws = given.outcomes.shape[0] * given.outcomes.shape[1]
             # y has S + 1 places among S draws, a cell for each where they are few
@@ -250,7 +251,7 @@ def reliability(
         >>> prediction = bnn.prior_predictive(bnn.models.mlp_classification(1, 2), x, draws=50)
         >>> ax = reliability(prediction, (x[:, 0] > 0).long())
     """
-    observed = torch.tensor(np.asarray(y))
+    observed = tensor(y, "y").cpu()
     curves = {}
     for name, prediction in style.named(predictions).items():
         style.require(prediction, Prediction, "reliability", "posterior.predict(x)")

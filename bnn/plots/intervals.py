@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.arrays import probability
+from bnn.arrays import probability, tensor
 from bnn.errors import DataError
 from bnn.plots import _style as style
 from bnn.prediction import Prediction
@@ -136,8 +136,9 @@ def truth(
         >>> x = torch.linspace(-1, 1, 30)[:, None]
         >>> ax = truth(bnn.prior_predictive(bnn.models.linear(1), x, draws=50), x[:, 0], unit="m")
     """
-    observed = np.asarray(y)
+    observed = tensor(y, "y").cpu().numpy()
     style.numbers_only(prediction, "truth", "reliability")
+    style.one_number_a_row(prediction, "truth")
     if prediction.mean.shape != observed.shape or observed.ndim != 1:
         raise DataError(
             f"The prediction has rows {tuple(prediction.mean.shape)} and y has {observed.shape}."

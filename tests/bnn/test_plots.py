@@ -50,6 +50,12 @@ def labels():
     )
 
 
+def several(prediction):
+    """The same four times, as four outputs of a row."""
+    parts = ("f", "y", "mean", "aleatoric", "epistemic")
+    return Prediction(**{k: torch.stack([getattr(prediction, k)] * 4, -1) for k in parts})
+
+
 def ranks(power=1.0):
     """Of three quantities in 100 replicates, among 9 draws."""
     u = torch.rand(100, 3, generator=torch.Generator().manual_seed(2)) ** power
@@ -167,10 +173,8 @@ def test_coverage_draws_the_observed_shares():
 
 
 def test_the_band_of_chance_counts_rows_not_outputs():
-    same = lambda value: torch.stack([value] * 4, -1)
-    parts = ("f", "y", "mean", "aleatoric", "epistemic")
-    four = Prediction(**{k: same(getattr(numbers(), k)) for k in parts})
-    drawn = [plots.coverage(numbers(), Y), plots.coverage(four, same(Y))]
+    outputs = torch.stack([Y] * 4, -1)
+    drawn = [plots.coverage(numbers(), Y), plots.coverage(several(numbers()), outputs)]
     one, other = (ax.collections[0].get_paths()[0].vertices for ax in drawn)
     assert np.allclose(one, other)
 
@@ -225,6 +229,9 @@ def test_colours_can_be_told_apart_and_keep_their_meaning():
         (lambda: plots.trace(curve(), rows=[]), r"0\.\.39"),
         (lambda: plots.pit(labels(), LABELS), "reliability"),
         (lambda: plots.pit(numbers()), r"plots.pit\(p, y\)"),
+        (lambda: plots.pit(several(numbers()), Y), r"\(40, 4\), and plots.pit draws one"),
+        (lambda: plots.truth(several(numbers()), several(numbers()).mean), "truth draws one"),
+        (lambda: plots.truth(numbers(), Y * float("nan")), "y has 40 NaN"),
         (lambda: plots.pit([0.5, 2.0]), "in 0..1"),
         (lambda: plots.pit({"a": [0.5], "b": [0.5, 0.1]}), "other numbers of rows"),
         (lambda: plots.history({}), "nothing to draw"),

@@ -88,8 +88,17 @@ def test_saliency_of_a_linear_model_is_weight_times_input():
     assert label == int(posterior.predict(x[4:5]).probs.argmax())
     w = posterior.draws["w"][0].numpy()
     np.testing.assert_allclose(values, (1 if label else -1) * x[4] * w, rtol=1e-4, atol=1e-5)
-    ax = saliency(posterior, x, row=4, tokens=["a", "b", "c"])
+    _, ax = pyplot.subplots()
+    assert saliency(posterior, x, row=4, tokens=["a", "b", "c"], level=0.8, ax=ax) is ax
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert ax.get_xlabel() == f"input x gradient of the log odds of y = {label}"
+    assert ax.get_ylim() == (2.5, -0.5)
+    dots = np.concatenate([c.get_offsets() for c in ax.collections if hasattr(c, "get_sizes")])
+    dots = dots[dots[:, 1].argsort()]
+    np.testing.assert_allclose(dots, np.stack([values.mean(0), range(3)], 1), rtol=1e-5)
+    ends = [s for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()]
+    ends = np.array(sorted(ends, key=lambda segment: segment[0][1]))[:, :, 0]
+    np.testing.assert_allclose(ends, np.quantile(values, [0.1, 0.9], axis=0).T, rtol=1e-5)
 
 
 def test_saliency_of_ids_is_at_their_embedding():
