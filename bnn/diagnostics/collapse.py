@@ -28,7 +28,7 @@ _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63)
 def spread(looked: Looked) -> Finding | None:
     """Epistemic standard deviation against the predictive one; for labels, against that of f."""
     prediction = looked.prediction
-    if prediction is None or math.prod(looked.values.shape[:2]) < 2:
+    if prediction is None:
         return None
     pooled = looked.values.flatten(0, 1)
     if prediction.probs is None and bool(prediction.total.isfinite().all()):
@@ -36,7 +36,8 @@ def spread(looked: Looked) -> Finding | None:
         share = (prediction.epistemic.double() / total.clamp(min=1e-300)).sqrt()
         value = float(share.max())
     else:
-        value = float(pooled.std(0).max() / pooled.square().mean().sqrt().clamp(min=1e-300))
+        size = pooled.square().mean().sqrt().clamp(min=1e-300)
+        value = float(pooled.std(0, correction=0).max() / size)
     none = not value >= _POINT
     return Finding(
         name="spread of f",

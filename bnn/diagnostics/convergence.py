@@ -276,7 +276,17 @@ def of_chains(posterior: "Posterior", looked: Looked | None) -> list[Finding]:
     found, agreed = of_moves(posterior), True
     chains, draws = posterior.shape
     if draws < 4:
-        return []
+        return [
+            Finding(
+                name="draws of a chain",
+                value=draws,
+                threshold=4,
+                doubtful=True,
+                meaning=f"Chains of {draws} draws have no R-hat and no ESS: nothing is known of "
+                "their convergence.",
+                advice="Raise draws.",
+            )
+        ]
     if looked is not None:
         each = rhat(looked.values)
         told = ~each.isnan()

@@ -156,6 +156,12 @@ def test_a_scalar_apart_is_found(healthy):
     assert "R-hat of log density" in {each.name for each in report.doubtful}
 
 
+def test_draws_too_few_for_rhat_do_not_pass_for_healthy(healthy):
+    first = lambda values: {k: v[:, :3] for k, v in values.items()}
+    report = replace(healthy, draws=first(healthy.draws), stats=first(healthy.stats)).diagnose()
+    assert [each.name for each in report.doubtful] == ["draws of a chain"]
+
+
 @pytest.mark.parametrize(
     ("name", "stat", "finding"),
     [
@@ -366,9 +372,24 @@ def test_an_objective_that_still_rises_is_found_by_fit_and_report(regression):
 # Collapse
 
 
-def test_a_mode_has_no_variance_and_says_so(regression):
-    posterior = fit(regression.model, regression.x, regression.y, method=bnn.MAP(steps=1_000))
+@pytest.mark.parametrize("draws", [1, 1_000])
+def test_a_mode_has_no_variance_and_says_so(regression, draws):
+    method = bnn.MAP(steps=1_000, draws=draws)
+    posterior = fit(regression.model, regression.x, regression.y, method=method)
     assert [each.name for each in posterior.diagnose().doubtful] == ["spread of f"]
+
+
+def test_one_draw_of_labels_has_no_variance():
+    def labels(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", w * x)
+            pyro.sample("y", dist.Bernoulli(logits=f), obs=y)
+
+    x = torch.linspace(-1, 1, 10)
+    posterior = fit(labels, x, (x > 0).float(), method=bnn.MAP(steps=50, draws=1))
+    finding = named(posterior.diagnose())["spread of f"]
+    assert (finding.value, finding.doubtful) == (0.0, True)
 
 
 def test_a_posterior_that_is_the_prior_is_found():
