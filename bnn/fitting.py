@@ -86,8 +86,8 @@ def fit(
     Warns:
         ConvergenceWarning: the fit was stopped; or what was looked at on the way makes the answer
             doubtful: of a sampler divergences, energies, tree depth, R-hat of f at 20 rows and of
-            single numbers; of an optimiser an objective that still rose. `Posterior.diagnose` looks
-            at more.
+            single numbers; of an optimiser an objective that still rose; of some methods what they
+            alone can tell. `Posterior.diagnose` looks at more, at k-hat of a guide for one.
         CheckpointWarning: a save failed (no room), and the fit goes on.
 
     Example:

@@ -8,9 +8,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributions as td
 from pyro import poutine
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from bnn.diagnostics import Finding
 from bnn.errors import ModelError
+from bnn.handlers import At, parameters, quiet_pyro, seeded
 from bnn.inference._attention_laws import FLOOR, LAWS, STARTS, Law, softmax
+from bnn.inference._energy import Energy
 from bnn.inference._rowwise import Ask
 from bnn.inference._step import Objective
 from bnn.method import Model, Tensors
 from bnn.observations import innermost
+from bnn.posterior import Posterior
 
 _SHARPNESS = (0.1, 1e4)  # below, S overflows; above, draws are softmax(s) to 1 %
 _COLLAPSED = 0.01  # nats a query
@@ -261,6 +265,16 @@ class Attended:
                 self.tensors = before
 
         return at
+
+
+def of_attention(posterior: Posterior, rule: Rule) -> list[Finding]:
+    """Collapse to the prior, and concentrations that ran away, by layer."""
+    model, data = posterior.model, posterior.data
+    energy = Energy(model, data, replace(posterior.sites, latent={}))
+    first = At({k: v[0, 0] for k, v in posterior.draws.items()})
+    fitted = parameters(model, data.tensors, posterior.params)
+    with quiet_pyro(), seeded(np.random.SeedSequence(0)), fitted, first:
+        return told(Attended(model, rule, posterior.params), energy.few)
 
 
 def told(attended: Attended, args: tuple[Any, ...]) -> list[Finding]:

@@ -30,17 +30,9 @@ import numpy as np
 import torch
 
 from bnn.data import Data, take
-from bnn.diagnostics import Finding
-from bnn.handlers import (
-    At,
-    branch,
-    constrained_parameters,
-    generator,
-    parameters,
-    quiet_pyro,
-    seeded,
-)
-from bnn.inference._attention import Attended, Rule, layers, told
+from bnn.diagnostics import Finding, warn
+from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
+from bnn.inference._attention import Attended, Rule, layers, of_attention
 from bnn.inference._elbo import Bound
 from bnn.inference._energy import Energy
 from bnn.inference._guide import FAMILIES
@@ -172,7 +164,7 @@ class DirichletAttention(Optimised):
                 elbo = None if mode else bound.value(data, rest)
             params = constrained_parameters() | {k: v.detach() for k, v in leaves.items()}
         sites_at = energy.unflatten(z).items()
-        return Posterior(
+        posterior = Posterior(
             model=model,
             method=self,
             data=data,
@@ -183,17 +175,13 @@ class DirichletAttention(Optimised):
             elbo=elbo,
             count=(1, self.draws),
         )
+        warn(of_attention(posterior, self._rule))
+        return posterior
 
     def program(self, model: Model, params: Tensors) -> Model:
         """The model, with attention weights drawn from q."""
         return Attended(model, self._rule, params)
 
     def findings(self, posterior: Posterior) -> list[Finding]:
-        """Collapse to the prior, and concentrations that ran away, by layer."""
-        model, data, sites = posterior.model, posterior.data, posterior.sites
-        energy = Energy(model, data, replace(sites, latent={}))
-        first = At({k: v[0, 0] for k, v in posterior.draws.items()})
-        fitted = parameters(model, data.tensors, posterior.params)
-        with quiet_pyro(), seeded(np.random.SeedSequence(0)), fitted, first:
-            own = told(Attended(model, self._rule, posterior.params), energy.few)
-        return [*super().findings(posterior), *own]
+        """See `Method.findings`."""
+        return [*super().findings(posterior), *of_attention(posterior, self._rule)]

@@ -251,11 +251,13 @@ def test_padding_changes_nothing():
 def test_a_collapse_and_a_runaway_are_told():
     x, y = tagged()
     method = dataclasses.replace(QUICK, prior="uniform", steps=300, learning_rate=0.03)
-    posterior = fit(tagger(layers=1), x, y, method=method)
+    with pytest.warns(bnn.ConvergenceWarning, match="nats from its prior"):
+        posterior = bnn.fit(tagger(layers=1), x, y, method=method, progress=False)
     found = {finding.name: finding for finding in method.findings(posterior)}
     assert found["KL of attention.0.weights from its prior"].doubtful
     sharp = dataclasses.replace(QUICK, sharpness=9_000.0)
-    posterior = fit(tagger(layers=1), x, y, method=sharp)
+    with pytest.warns(bnn.ConvergenceWarning, match="its sharpness ran away"):
+        posterior = bnn.fit(tagger(layers=1), x, y, method=sharp, progress=False)
     found = {finding.name: finding for finding in sharp.findings(posterior)}
     assert found["spread of attention.0.weights"].doubtful
 

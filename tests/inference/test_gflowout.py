@@ -396,6 +396,14 @@ def test_findings_say_how_far_q_is(fits, name):
     assert "balance residual" in str(posterior.diagnose())
 
 
+def test_a_fit_whose_masks_are_all_one_warns(monkeypatch):
+    found = {"residual": 0.1, "effective": 1.0, "entropy": 0.0}
+    found = {f"balance.{name}": torch.tensor(value) for name, value in found.items()}
+    monkeypatch.setattr("bnn.inference.gflowout.assess", lambda *args: (0.0, found))
+    with pytest.warns(bnn.ConvergenceWarning, match="All masks are one"):
+        bnn.fit(mlp(), X, Y, method=bnn.GFlowOut(steps=10, draws=5), progress=False)
+
+
 def test_the_mean_of_masks_of_one_block_is_one_deterministic_pass():
     posterior = quick(mlp(), X, Y, blocks=1)
     prediction = posterior.predict(X, mode="mean")
