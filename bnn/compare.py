@@ -165,7 +165,7 @@ def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[st
     else:
         row["rmse"] = _rmse(prediction.mean, y)
         row["coverage_90"] = float(interval_coverage(prediction.outcomes, y, LEVEL))
-        observed = interval_coverage(prediction.outcomes, y, _LEVELS)
+        observed = interval_coverage(prediction.outcomes, y, _LEVELS).cpu()
         row["coverage_error"] = float((observed - _LEVELS).abs().mean())
     row["elbo"] = math.nan if posterior.elbo is None else posterior.elbo
     row["log_evidence"] = math.nan if posterior.log_evidence is None else posterior.log_evidence

@@ -49,7 +49,7 @@ def rhat(x: Tensor) -> Tensor:
     half = x.shape[1] // 2
     if half < 2:
         return torch.full(x.shape[2:], math.nan, dtype=torch.float64)
-    parts = torch.cat([x[:, :half], x[:, -half:]]).double()  # (2 chain, half, quantity)
+    parts = torch.cat([x[:, :half], x[:, -half:]]).double().cpu()  # (2 chain, half, quantity)
     pooled = parts.flatten(0, 1)
     folded = (pooled - _median(pooled)).abs()
 
