@@ -130,6 +130,7 @@ METHODS = {
     "RandomizedPriors": Entry("RandomizedPriors", {"members": 20}),
     "MCDropout": Entry("MCDropout", {"rate": 0.05}),
     "ConcreteDropout": Entry("ConcreteDropout"),
+    "GFlowOut": Entry("GFlowOut"),
     "MAP": Entry("MAP"),
 }
 
