@@ -142,7 +142,7 @@ class Prediction(Predictive):
         (chains, draws), shape = self.y.shape[:2], self.outcomes.shape
         if not draws or shape[0] != chains or shape[1] % draws or shape[2:] != self.y.shape[2:]:
             return False
-        return torch.equal(self.outcomes[:, :: shape[1] // draws], self.y)
+        return self.y.is_meta or torch.equal(self.outcomes[:, :: shape[1] // draws], self.y)
 
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""

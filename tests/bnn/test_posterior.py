@@ -331,6 +331,7 @@ def test_local_sites_are_drawn_anew_at_new_rows_and_kept_at_the_old():
     assert posterior.log_likelihood(x, y).mean() < -10  # thetas drawn anew miss
 
 
+@pytest.mark.slow
 def test_a_large_prediction_stays_under_two_gigabytes():
     """1,000 draws x 100,000 rows of a 1x50 net, in a process of its own."""
     program = """

@@ -60,6 +60,7 @@ METHODS = {
     "dirichlet_attention_normal": bnn.DirichletAttention(steps=300, draws=60, weights="normal"),
 }
 SEAMED = ("gflowout", "id_gflowout", "dirichlet_attention", "dirichlet_attention_normal")
+QUICK = ("svi", "map", "laplace", "mc_dropout", "deep_ensemble", "sgld", "swag")  # of a kind each
 MINIBATCHED = {k: m for k, m in METHODS.items() if hasattr(m, "batch_size")}
 del MINIBATCHED["gflowout"]  # which units a row may lose has several optima; see its own tests
 GROUPS = {
@@ -302,7 +303,7 @@ def test_repr_evaluates_back(name):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in SEAMED else k for k in MINIBATCHED]
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in MINIBATCHED]
 )
 def test_minibatches_and_all_rows_agree(kind, data):
     """Within 8 % of the response: both are short runs of the same objective."""

@@ -199,9 +199,9 @@ def test_chains_sharing_a_seed(monkeypatch):
 def test_predictive_without_noise(monkeypatch):
     plain = prediction._Pooled.add
 
-    def noiseless(self, part, first, fn, values):
-        fn.sample = lambda: fn.mean
-        plain(self, part, first, fn, values)
+    def noiseless(self, part, first, fn, y, again, values):
+        more = None if again is None else fn.mean[..., None].expand_as(again)
+        plain(self, part, first, fn, fn.mean, more, values)
 
     monkeypatch.setattr(prediction._Pooled, "add", noiseless)
     _fails(exact.check_predictive_noise)
