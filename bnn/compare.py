@@ -106,7 +106,8 @@ def _table_kind() -> Any:
 
     class Comparison(pandas.DataFrame):
         def __repr__(self) -> str:
-            return "\n".join([super().__repr__(), *_reasons(self)])
+            with pandas.option_context("display.max_columns", None):  # a terminal hides some
+                return "\n".join([super().__repr__(), *_reasons(self)])
 
         def _repr_html_(self) -> str:
             rows = ([str(name), *map(_cell, each)] for name, *each in self.itertuples())

@@ -126,6 +126,7 @@ def test_a_comparison_tells_what_does_not_compare(posterior):
     without = bnn.compare({HOSTILE: posterior})
     assert "rmse: is in-sample" in shown(without)
     assert "rmse: is in-sample" in repr(without)
+    assert all(column in repr(without) for column in without)  # in 80 columns, too
     part = without[["log_score"]]
     assert "in-sample" not in repr(part)  # a column or some rows are an ordinary frame
     again = pickle.loads(pickle.dumps(without))
