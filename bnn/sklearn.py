@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 import bnn
 from bnn.method import Method
 from bnn.models import mlp_classification, mlp_regression
-from bnn.models.likelihoods import Likelihood
+from bnn.models.likelihoods import Gaussian, Likelihood, StudentT
 from bnn.models.mlp import Activation
 from bnn.models.priors import Prior
 from bnn.prediction import Prediction
@@ -98,7 +98,9 @@ class BNNRegressor(RegressorMixin, _Net):
         hidden: units of each hidden layer.
         activation: see `bnn.models.MLP`.
         prior: of the weights; default `bnn.models.priors.Normal()`.
-        likelihood: default `bnn.models.likelihoods.Gaussian()`, whose noise is learned.
+        likelihood: default `bnn.models.likelihoods.Gaussian(least=0.01)`: the noise is learned, and
+            at least 1 % of the standard deviation of y. Without a least one there is no mode where
+            y is a function of X, and `bnn.Laplace` refuses.
         method: how to approximate the posterior, any `bnn` method; default `bnn.SVI()`.
         standardize: the net sees X and gives y in units of their standard deviations. Without it
             X and y should be of about unit size, which the priors are made for. y keeps its units
@@ -143,18 +145,17 @@ class BNNRegressor(RegressorMixin, _Net):
             ValueError: X or y is not finite, not of numbers, or of another shape.
         """
         X, y = validate_data(self, X, y, y_numeric=True)
+        likelihood = Gaussian(least=0.01) if self.likelihood is None else self.likelihood
         units = None
         if self.standardize:
-            gaussian = bnn.models.likelihoods.Gaussian | bnn.models.likelihoods.StudentT
-            real = self.likelihood is None or isinstance(self.likelihood, gaussian)
-            units = (X, y) if real else X
+            units = (X, y) if isinstance(likelihood, Gaussian | StudentT) else X
         with _double():
             model = mlp_regression(
                 X.shape[1],
                 tuple(self.hidden),
                 activation=self.activation,
                 prior=self.prior,
-                likelihood=self.likelihood,
+                likelihood=likelihood,
                 standardize=units,
             )
         return self._fit(model, X, y)

@@ -44,12 +44,15 @@ def observer(
     return observe
 
 
-def noise(scale: Noise, unit: float | Tensor) -> Callable[[Tensor], Tensor | float]:
+def noise(
+    scale: Noise, unit: float | Tensor, least: float = 0.0
+) -> Callable[[Tensor], Tensor | float]:
     """Standard deviation of the noise as a function of raw cut into targets, (row, *, output)."""
     if scale == "learned":
         width = torch.as_tensor(unit, dtype=torch.get_default_dtype())
         sigma = pyro.sample("sigma", dist.HalfNormal(width).to_event(width.ndim))
-        return lambda raw: sigma
+        held = (sigma.square() + (least * width).square()).sqrt() if least else sigma
+        return lambda raw: held
     if scale == "predicted":
         return lambda raw: unit * (softplus(raw[..., 1]) + _FLOOR)
     return lambda raw: scale

@@ -73,6 +73,8 @@ class Gaussian:
             of `unit`. "predicted": sigma(x) = unit (softplus(second output) + 1e-6). A number:
             sigma, in units of y. A loss of mean squared error + c KL over N rows (BLiTZ's
             `complexity_cost_weight` is c) is the bound at the number sqrt(c N / 2).
+        least: above 0 the standard deviation of a learned noise is sqrt(sigma^2 + (least unit)^2),
+            so that y without any noise has a mode too; at 0 sigma falls to 0 there, without end.
 
     Example:
         >>> Gaussian("predicted").outputs
@@ -80,9 +82,14 @@ class Gaussian:
     """
 
     scale: Noise = "learned"
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         check_noise(self)
+        if not 0 <= self.least < math.inf or (self.least and self.scale != "learned"):
+            raise ValueError(
+                f"{self!r}: least is a share of y's unit, 0 or more, and of a learned scale."
+            )
 
     @property
     def outputs(self) -> int:
@@ -90,7 +97,7 @@ class Gaussian:
         return 2 if self.scale == "predicted" else 1
 
     def __call__(self, unit: float | Tensor = 1.0) -> Observe:
-        sigma = noise(self.scale, unit)
+        sigma = noise(self.scale, unit, self.least)
         return observer(self, unit, lambda f, raw: dist.Normal(f, sigma(raw)))
 
 

@@ -115,6 +115,15 @@ def test_gaussian_scales():
     torch.testing.assert_close(fixed.scale, torch.full((2,), 0.5))
 
 
+def test_a_learned_scale_may_have_a_least():
+    nodes = stated(Gaussian(least=0.3), torch.zeros(2, 1), unit=4.0)
+    told = torch.hypot(nodes["sigma"]["value"], torch.tensor(1.2))
+    torch.testing.assert_close(nodes["y"]["fn"].scale, told.expand(2))
+    for wrong in ({"least": -1.0}, {"scale": 0.5, "least": 0.1}):
+        with pytest.raises(ValueError, match="least is a share"):
+            Gaussian(**wrong)
+
+
 def test_a_predicted_scale_has_a_floor():
     raw = torch.tensor([[0.0, -200.0]])
     fn = stated(Gaussian("predicted"), raw, unit=10.0)["y"]["fn"]
