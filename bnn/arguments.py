@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from bnn.data import Data, Mapped, Stream, column_names, like, shape_of, tensors
 from bnn.errors import DataError, ModelError
@@ -86,7 +86,7 @@ def read(
     if rows == 0:
         raise DataError(f'"{names[-1]}" has no rows. A fit needs at least one.')
     if loader is not None:
-        rows = len(loader.dataset) if isinstance(loader, DataLoader) else loader.rows  # type: ignore[arg-type]
+        rows = _rows_of_loader(loader)
     columns = {n: column_names(a) for n, a in zip(names, args, strict=True) if column_names(a)}
     return Data(made, names, columns, rows, loader)
 
@@ -111,6 +111,13 @@ def _loader(model: Model, args: tuple[Any, ...], size: int | None) -> Any:
             "by which a minibatch is scaled. Give the dataset a __len__."
         )
     return args[0]
+
+
+def _rows_of_loader(loader: Any) -> int:
+    if not isinstance(loader, DataLoader):
+        return loader.rows
+    part = isinstance(loader.sampler, SubsetRandomSampler)  # the others draw from all rows
+    return len(loader.sampler if part else loader.dataset)  # type: ignore[arg-type]
 
 
 def _counted(batches: Iterable[Any]) -> Stream:

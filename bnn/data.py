@@ -83,7 +83,8 @@ class Data:
             The model's arguments on the rows of one batch, and of the next, ...
         """
         if self.loader is not None:
-            return Batches(lambda: self.once(None), loader_generators(self.loader), shared=True)
+            given = self.loader
+            return Batches(lambda: self._loaded(given), loader_generators(given), shared=True)
         if size is None or size >= self.rows:
             whole = _own(self.tensors)
             return Batches(lambda: repeat(whole), ())
@@ -110,7 +111,12 @@ class Data:
                     else take(self.tensors, slice(first, first + size))
                 )
             return
-        for batch in self.loader:
+        given = self.loader
+        yield from self._loaded(given.in_order() if isinstance(given, Mapped) else given)
+
+    def _loaded(self, batches: Iterable[Any]) -> Iterator[tuple]:
+        """A loader's batches as tensors."""
+        for batch in batches:
             made = like(tensors(tuple(batch), self.names), self.tensors)
             if self.admit is not None:
                 self.admit(made[-1])
@@ -161,8 +167,15 @@ class Mapped:
         order = torch.randperm(self.rows, dtype=short, device="cpu")
         for start in range(0, self.rows - self.size + 1, self.size):
             chosen = own_rows(order[start : start + self.size])
-            chosen = chosen.sort().values.numpy()  # the disk's own order
-            yield tuple(array[chosen] if array.ndim else array for array in self.arrays)
+            yield self._at(chosen.sort().values.numpy())  # the disk's own order
+
+    def in_order(self) -> Iterator[tuple]:
+        """All rows once, as they lie on the disk; the last batch is what is left."""
+        for start in range(0, self.rows, self.size):
+            yield self._at(slice(start, start + self.size))
+
+    def _at(self, rows: Any) -> tuple:
+        return tuple(array[rows] if array.ndim else array for array in self.arrays)
 
     def __len__(self) -> int:
         return self.rows // self.size

@@ -1,16 +1,20 @@
 """Rows that are not in memory: iterables of batches, and arrays that are mapped from the disk."""
 
 import warnings
+from itertools import islice
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
 import bnn
+from bnn import processes
 from bnn.arguments import read
 from bnn.data import Mapped, Stream, tensors
+from bnn.processes import Processes
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(400, 2, generator=GENERATOR)
@@ -76,6 +80,13 @@ def test_rows_are_counted_once_or_told():
     assert isinstance(first.loader, Stream)
 
 
+def test_a_sampler_of_a_subset_says_how_many_rows_there_are():
+    rows = TensorDataset(X, Y)
+    part = DataLoader(rows, 10, sampler=SubsetRandomSampler(range(50)))
+    again = DataLoader(rows, 10, sampler=RandomSampler(rows, replacement=True, num_samples=50))
+    assert (read(model, (part,)).rows, read(model, (again,)).rows) == (50, 400)
+
+
 def test_an_iterable_fits_the_same_again_whatever_the_callers_generator():
     first = fit(Shuffled(), steps=50)
     torch.manual_seed(9)
@@ -112,6 +123,38 @@ def test_a_pass_over_mapped_arrays_shows_each_row_once(mapped):
     shown = np.concatenate([y for _, y in loader])
     assert np.array_equal(np.sort(shown), np.sort(Y.numpy()))
     assert not np.array_equal(shown, Y.numpy())
+
+
+def test_one_pass_over_mapped_arrays_leaves_no_row_out(mapped):
+    """What is added up over all rows, as a curvature is, may not miss the rest of a pass."""
+    shown = [y for _, y in read(model, tuple(mapped), 150).once(150)]
+    assert [len(y) for y in shown] == [150, 150, 100]
+    assert torch.equal(torch.cat(shown), Y)
+    method = bnn.Laplace(batch_size=150, steps=1_000, draws=10)
+    evidence = []
+    for data in (mapped, (X, Y)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            posterior = bnn.fit(model, *data, method=method, progress=False)
+        evidence.append(posterior.log_evidence)
+    assert evidence[0] == pytest.approx(evidence[1], abs=1e-3)
+
+
+def test_processes_share_each_minibatch_of_mapped_rows(mapped):
+    data = read(model, tuple(mapped), 40)
+
+    def shown(shared):
+        token = processes._current.set(shared)
+        try:
+            torch.manual_seed(0)
+            return [y for _, y in islice(data.batches(40, torch.Generator()), 10)]
+        finally:
+            processes._current.reset(token)
+
+    whole, *parts = map(shown, (None, *(Processes(rank, 3) for rank in range(3))))
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert [len(each) for each in shares] == [14, 13, 13]
+        assert torch.equal(torch.cat(shares).sort().values, batch.sort().values)
 
 
 def test_mapped_and_other_arrays_go_together(mapped, tmp_path):
