@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent
@@ -73,6 +74,8 @@ def rescaled(fn: Any, mean: Tensor, sd: Tensor) -> Any:
     if isinstance(fn, Independent):
         inner = rescaled(fn.base_dist, mean, sd)
         return inner.to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution):
+        return rescaled(fn.base_dist, mean, sd).mask(fn._mask)
     if isinstance(fn, _LOCATED):
         loc, scale = mean + sd * fn.loc, sd * fn.scale
         return (
@@ -122,11 +125,6 @@ class _Inside(Messenger):
 
     def _observe(self, message: Any) -> None:
         fn, value = message["fn"], message["value"]
-        if fn.support.is_discrete:
-            raise ValueError(
-                f'The observed site "{self.observed}" takes isolated values ({type(fn).__name__}), '
-                "which have no other unit. Pass None in its place: standardize(model, x, None)."
-            )
         mean, sd = self._constants(_parameter(fn) if value is None else value)
         message["fn"] = rescaled(fn, mean, sd)
         if value is not None:
@@ -238,17 +236,17 @@ def _plain(arg: Any) -> Any:
 
 
 class _Seen(Messenger):
-    """Names of the sites that observe something, and of those that observe `given` itself."""
+    """Laws of the sites that observe something, by name, and who observes `given` itself."""
 
     def __init__(self, given: Tensor):
         super().__init__()
         self.given = given
-        self.all: list[str] = []
+        self.all: dict[str, Any] = {}
         self.same: list[str] = []
 
     def _pyro_sample(self, message: Any) -> None:
         if message["is_observed"] and not message["infer"].get("_deterministic"):
-            self.all.append(message["name"])
+            self.all[message["name"]] = message["fn"]
             self.same += [message["name"]] if message["value"] is self.given else []
 
 
@@ -264,10 +262,17 @@ def _observed(model: Any, data: tuple[Any, ...], units: tuple[Units | None, ...]
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]), torch.no_grad():
         with _Seen(made[-1]) as seen:
             model(*made)
-    found = seen.same if len(seen.all) != 1 else seen.all
+    found = seen.same if len(seen.all) != 1 else list(seen.all)
     if len(found) != 1:
         raise ValueError(
             f"The model observes {', '.join(seen.all) or 'nothing'}; one site must receive the "
             'last argument as it is: pyro.sample("y", ..., obs=y).'
+        )
+    law = seen.all[found[0]]
+    if law.support.is_discrete or not law.support.check(made[-1]).all():
+        raise ValueError(
+            f'The observed site "{found[0]}" ({type(law).__name__}) takes whole or positive '
+            "numbers only, and standardised ones are neither. Pass None in place of the "
+            "observations: standardize(model, x, None)."
         )
     return found[0]

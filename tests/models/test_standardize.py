@@ -128,6 +128,17 @@ def test_a_rescaled_law_has_the_density_of_its_samples(law):
     assert y.expand((2, *z.batch_shape)).log_prob(point).shape == (2, *z.batch_shape)
 
 
+@pytest.mark.parametrize("law", [dist.Normal, dist.Logistic], ids=["located", "rescaled"])
+def test_what_a_mask_leaves_out_has_no_density_in_any_unit(law):
+    z = law(torch.zeros(3, 2), 0.5)
+    mask = torch.tensor([True, False, True])
+    mean, sd, point = torch.tensor([100.0, 5.0]), torch.tensor([7.0, 2.0]), torch.full((3, 2), 90.0)
+    wanted = rescaled(z.to_event(1), mean, sd).log_prob(point) * mask
+    torch.testing.assert_close(rescaled(z.to_event(1).mask(mask), mean, sd).log_prob(point), wanted)
+    inside = rescaled(z.mask(mask[:, None]).to_event(1), mean, sd)
+    torch.testing.assert_close(inside.log_prob(point), wanted)
+
+
 @pytest.mark.parametrize("law", [dist.StudentT, dist.Logistic], ids=["located", "rescaled"])
 def test_predictions_of_any_law_are_in_the_users_units(law):
     def model(x, y=None):
@@ -221,6 +232,10 @@ def test_what_cannot_be_standardised_is_said():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Poisson(x.abs().sum(1)), obs=y)
 
+    def positive(x, y=None):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.LogNormal(x.sum(1), 1.0), obs=y)
+
     with pytest.raises(ValueError, match="no data"):
         bnn.standardize(unit)
     with pytest.raises(ValueError, match="in place of the observations only"):
@@ -229,5 +244,7 @@ def test_what_cannot_be_standardised_is_said():
         bnn.standardize(two, X, Y)
     with pytest.raises(ValueError, match="standardize: y holds NaN"):
         bnn.standardize(unit, X, Y * torch.nan)
-    with pytest.raises(ValueError, match=r"isolated values.*standardize\(model, x, None\)"):
-        bnn.standardize(counts, X, torch.arange(40.0))(X, torch.arange(40.0))
+    with pytest.raises(ValueError, match=r"Poisson.*takes whole .*\(model, x, None\)"):
+        bnn.standardize(counts, X, torch.arange(40.0))
+    with pytest.raises(ValueError, match=r"\(LogNormal\) takes whole or positive"):
+        bnn.standardize(positive, X, Y)
