@@ -15,7 +15,7 @@ import torch
 from bnn import arguments, contract, devices, diagnostics, processes
 from bnn.checkpoint import files_of_fit, read_finished, write
 from bnn.data import Data
-from bnn.errors import ConvergenceWarning, ModelError, outside
+from bnn.errors import ConvergenceWarning, DataError, ModelError, outside
 from bnn.files import digest
 from bnn.method import METHODS, Method, Model
 from bnn.parts import Part, compute, divide
@@ -182,8 +182,14 @@ def _check_shared(
             f"{name}(batch_size={size}) in {shared.count} processes: each takes an equal part of a "
             f"minibatch. Pass a multiple of {shared.count}."
         )
+    if data.loader is None and data.rows < shared.count:
+        raise DataError(
+            f"{data.rows} rows cannot be shared among {shared.count} processes. Start fewer."
+        )
     identity, _ = files_of_fit(model, data, method, seed)
-    shared.agree("their data, model, settings or seed", sorted(identity["is"].items()))
+    told = sorted(identity["is"].items())  # of a loader no contents: its first batch tells
+    first = digest("", dict(zip(data.names, data.tensors, strict=True)))
+    shared.agree("their data, model, settings or seed", told, first)
 
 
 def _agree(shared: processes.Processes | None, posterior: Posterior) -> None:

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnn
 from bnn.inference._step import Step
@@ -95,10 +95,18 @@ def resumed(folder: Path) -> dict[str, torch.Tensor]:
     return {f"resumed/{k}": v.contiguous() for k, v in posterior.draws.items()}
 
 
+def shards(rank: int) -> DataLoader:
+    """What other libraries want: to each process rows of its own."""
+    rows = TensorDataset(X, Y)
+    return DataLoader(rows, 8, sampler=DistributedSampler(rows, 2, rank, shuffle=False))
+
+
 def refusals(rank: int) -> dict[str, str]:
     attempts = {
         "seed": lambda: fit("map", True, seed=rank),
         "data": lambda: bnn.fit(model, X + rank, Y, method=METHODS["map"], distributed=True),
+        "few": lambda: bnn.fit(model, X[:1], Y[:1], method=METHODS["map"], distributed=True),
+        "shards": lambda: bnn.fit(model, shards(rank), method=METHODS["map"], distributed=True),
         "method": lambda: fit("map", True, method=bnn.NUTS()),
         "size": lambda: fit("map", True, method=bnn.MAP(batch_size=5)),
         "rows": lambda: fit("map", True, method=bnn.SVI(estimator="local")),

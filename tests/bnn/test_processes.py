@@ -77,6 +77,8 @@ def test_processes_that_were_stopped_go_on_to_the_same_bits(two):
     [
         ("seed", "DataError: The processes differ in their data, model, settings or seed"),
         ("data", "DataError: The processes differ in their data"),
+        ("few", "DataError: 1 rows cannot be shared among 2 processes"),
+        ("shards", "DataError: The processes differ in their data"),
         ("method", "ModelError: NUTS cannot share a fit .*; MAP, SVI can"),
         ("size", r"ModelError: MAP\(batch_size=5\) in 2 processes.*multiple of 2"),
         ("rows", r"ModelError: SVI\(estimator=\"local\"\) draws noise for each row"),
