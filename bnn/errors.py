@@ -72,7 +72,7 @@ class ResumeMismatch(CheckpointError):
         bnn.errors.ResumeMismatch: ...
     """
 
-    def __init__(self, message: str, *, field: str):
+    def __init__(self, message: str, *, field: str = ""):  # a pickle calls it with the message
         super().__init__(message)
         self.field = field
 

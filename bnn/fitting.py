@@ -70,7 +70,9 @@ def fit(
 
     Ctrl-C ends the loop that the fit is in after its present step, and gives the posterior that can
     be made of what there is, with `complete=False` and a warning; so does SIGTERM where there is a
-    checkpoint. A second Ctrl-C, and one where there is nothing yet, is a KeyboardInterrupt.
+    checkpoint. A second Ctrl-C, and one where there is nothing yet, is a KeyboardInterrupt. Of
+    parts that an executor computes those that wait are left out, and those that run are waited for,
+    unless the signal stops their workers too. Processes that share a fit end at once.
 
     Returns:
         The posterior: draws, and how to predict from them.
@@ -109,6 +111,11 @@ def fit(
             f" Known are {', '.join(sorted(METHODS))}."
         )
     seed_sequence(seed)
+    if executor is not None and not isinstance(executor, Executor):
+        raise TypeError(
+            f"executor is a {type(executor).__name__}. Pass one of concurrent.futures; of a dask "
+            "Client its client.get_executor()."
+        )
     if distributed and executor is not None:
         raise ValueError("fit got executor= and distributed=True. Pass one of the two.")
     where = devices.checked(device)

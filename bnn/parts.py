@@ -7,10 +7,12 @@ settings and the seed alone: an executor, whichever it is, gives the bits that n
     folder/part-000/    the run of a part, where there is a checkpoint; the end clears it away
 """
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, wait
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from sys import stderr
 from threading import RLock
@@ -86,11 +88,28 @@ class Part:
 
     def __call__(self) -> "_Sent":
         """In a worker: what comes back, and what was warned of."""
-        with warnings.catch_warnings(record=True) as caught:
+        with ALONE, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            posterior = self.kept(Run(self.folder, self.every), False)
+            try:
+                posterior = self.kept(Run(self.folder, self.every), False)
+            except Exception as error:
+                if _can_be_sent(error):
+                    raise
+                told = FitError(f"{type(error).__name__}: {error}")
+                told.__notes__ = getattr(error, "__notes__", [])
+                raise told from error
         given = {k: v for k, v in vars(posterior).items() if k not in _KNOWN}
         return _Sent(given, [(w.category, str(w.message)) for w in caught])
+
+
+def _can_be_sent(error: Exception) -> bool:
+    """False of one that cannot be built again where it arrives: it would seem a dead worker."""
+    try:
+        ForkingPickler.dumps(error)
+        copy.copy(error)  # calls its type with its arguments, as what arrives does
+    except Exception:
+        return False
+    return True
 
 
 _KNOWN = ("model", "method", "data", "sites")
@@ -119,6 +138,7 @@ def divide(whole: Part) -> list[Part]:
     if len(methods) == 1:
         return [whole]
     require_one_value(whole.sites, type(whole.method).__name__, parts=len(methods))
+    folder = whole.folder and whole.folder.absolute()  # a worker may stand in another one
     runs, parts, begin = whole.method.runs, [], 0
     for i, method in enumerate(methods):
         end = begin + getattr(method, runs)
@@ -130,7 +150,7 @@ def divide(whole: Part) -> list[Part]:
                 seed=branch(whole.seed, _PARTS + i),
                 work=0,
                 name=told,
-                folder=None if whole.folder is None else whole.folder / f"part-{i:03d}",
+                folder=folder and folder / f"part-{i:03d}",
             )
         )
         begin = end
@@ -167,34 +187,33 @@ def _elsewhere(
     parts: Sequence[Part], run: Run, progress: bool, executor: Executor
 ) -> dict[int, Posterior]:
     """Those that workers computed, by number: all, unless the run was stopped."""
-    made: dict[int, Posterior] = {}
+    sent: dict[int, _Sent] = {}
     left = {executor.submit(part): i for i, part in enumerate(parts)}
     show = progress and stderr.isatty()
     try:
-        with tqdm(total=len(parts), desc="parts", disable=not show) as shown:
+        with run.under_way(), tqdm(total=len(parts), desc="parts", disable=not show) as shown:
+            run.listening = True
             while left:
                 busy = [i for future, i in left.items() if future.running()]
-                try:
-                    done = wait(left, _POLL, FIRST_COMPLETED).done
-                except KeyboardInterrupt:
-                    if run.stopped:
-                        raise
-                    run.stopped, run.cut = "Ctrl-C", True
+                done = wait(left, _POLL, FIRST_COMPLETED).done
+                if run.stopped:
                     left = {future: i for future, i in left.items() if not future.cancel()}
-                    continue
                 for future in done:
                     i = left.pop(future)
-                    error = future.exception()
+                    error = CancelledError() if future.cancelled() else future.exception()
                     if error is None:
-                        made[i] = future.result().of(parts[i])
-                        run.cut = run.cut or not made[i].complete
+                        sent[i] = future.result()
                         shown.update()
                     elif not run.stopped:
-                        names = " or ".join(parts[k].name for k in busy or [i])
-                        raise _told(error, parts[i], names)
+                        broken = isinstance(error, BrokenExecutor)  # all futures: whose was it?
+                        lost = (busy or sorted([i, *left.values()])) if broken else [i]
+                        raise _told(error, parts[i], " or ".join(parts[k].name for k in lost))
     finally:
+        run.listening = False
         for future in left:
             future.cancel()
+    made = {i: each.of(parts[i]) for i, each in sent.items()}  # while no thread records warnings
+    run.cut = not all(each.complete for each in made.values())
     if run.cut and not run.stopped:
         run.stopped = "a signal to a worker"
     return made

@@ -3,9 +3,13 @@
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import threading
+import time
+import warnings
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pyro
@@ -59,6 +63,19 @@ def mortal(x, y=None):
     model(x, y)
 
 
+class Odd(Exception):
+    """What is pickled of it does not build it again."""
+
+    def __init__(self, what, which):
+        super().__init__(f"{what} {which}")
+
+
+def odd(x, y=None):
+    if multiprocessing.parent_process() is not None:
+        raise Odd("no", "luck")
+    model(x, y)
+
+
 def fit(method, program=model, **given):
     return bnn.fit(program, X, Y, method=method, progress=False, **given)
 
@@ -108,6 +125,21 @@ def test_any_executor_gives_the_bits_that_none_gives(name, pool):
         assert len({tuple(row.tolist()) for row in w}) == count
 
 
+def test_a_pool_is_an_executor_by_the_few_lines_that_the_docs_show():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    shown = {"Executor": Executor, "Future": Future}
+    exec(re.search(r"class OfPool.*?return future", page, re.S)[0], shown)
+    with ThreadPool(2) as workers:
+        executor = shown["OfPool"](workers)
+        assert same(fit(METHODS["map"], executor=executor), fit(METHODS["map"]))
+        with pytest.raises(Odd):
+            executor.submit(_unlucky).result()
+
+
+def _unlucky():
+    raise Odd("no", "luck")
+
+
 def test_restarts_repeated_take_no_memory():
     assert fit(METHODS["map"]).draws["w"].stride(1) == 0
 
@@ -143,7 +175,41 @@ def test_what_parts_warn_of_arrives(pool):
         fit(method, executor=pool)
 
 
+def test_threads_leave_warnings_where_they_belong():
+    method = bnn.MAP(restarts=2, steps=20, learning_rate=1e-5, schedule="constant", parts=2)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(2) as threads:
+            fit(method, executor=threads)
+            fit(method, seed=2, executor=threads)
+    said = [str(each.message) for each in seen]
+    assert [each.partition(" the log joint")[0] for each in said] == ["restart 0: MAP:"] * 2
+
+
+def test_workers_compute_in_the_callers_dtype(pool):
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain, far = fit(METHODS["map"]), fit(METHODS["map"], executor=pool)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert far.draws["w"].dtype == torch.float64
+    assert same(far, plain)
+
+
 # ------------------------------------------------------------------ what is refused
+
+
+def test_what_is_no_executor_is_said():
+    with pytest.raises(TypeError, match="executor is a int"):
+        fit(METHODS["map"], executor=4)
+
+
+def test_an_error_that_cannot_be_sent_back_is_told(pool):
+    """Sent as it is, it would break the pool, and pass for a dead worker."""
+    with pytest.raises(bnn.FitError, match="Odd: no luck") as caught:
+        fit(METHODS["map"], odd, executor=pool)
+    assert "restart" in caught.value.__notes__[0]
+    assert pool.submit(abs, -1).result() == 1
 
 
 @pytest.mark.parametrize(
@@ -211,6 +277,7 @@ def test_a_dead_worker_is_an_error_that_names_the_part(tmp_path, monkeypatch):
         fit(method, mortal, executor=alone, checkpoint=folder)
     assert "chains 0 to 1" in str(caught.value)
     assert not token.exists()
+    assert time.time() - tmp_path.stat().st_mtime < 10  # the token went as the worker died
     assert not (folder / "posterior.safetensors").exists()
     with mortal_pool() as alone:
         again = fit(method, mortal, executor=alone, checkpoint=folder)
@@ -261,17 +328,19 @@ class Stuck(Executor):
         return future
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_ctrl_c_gives_the_parts_that_there_are(tmp_path, kept):
+@pytest.mark.parametrize(
+    ("kept", "stop"), [(False, signal.SIGINT), (True, signal.SIGINT), (True, signal.SIGTERM)]
+)
+def test_ctrl_c_gives_the_parts_that_there_are(tmp_path, kept, stop):
     method, before = METHODS["nuts"], signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    timer = threading.Timer(20, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(120, os.kill, (os.getpid(), signal.SIGINT))
 
     class Pressed(Stuck):
         def submit(self, call, /, *args, **kwargs):
             future = super().submit(call, *args, **kwargs)
             if self.given == 2:
-                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                threading.Timer(0.2, os.kill, (os.getpid(), stop)).start()
             return future
 
     try:
