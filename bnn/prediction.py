@@ -154,7 +154,7 @@ class Prediction(Predictive):
         place = q * (len(ordered) - 1)
         low = place.floor().long()
         high = (low + 1).clamp(max=len(ordered) - 1)
-        share = (place - low).reshape(q.shape + (1,) * (ordered.ndim - 1)).to(self.mean.dtype)
+        share = (place - low).reshape(q.shape + (1,) * (ordered.ndim - 1)).to(self.mean)
         return torch.lerp(
             ordered[low].to(self.mean.dtype), ordered[high].to(self.mean.dtype), share
         )

@@ -72,6 +72,8 @@ def test_a_prediction_lies_where_its_posterior_does(kind):
         there, here = getattr(prediction, name), getattr(posterior.predict(X), name)
         assert (there is here is None) or (there.device == META and there.shape == here.shape)
     assert moved.log_likelihood().device == META
+    for each in (prediction, moved.predict(iter([(X[:30],), (X[30:],)]))):
+        assert [end.device for end in each.interval(0.9)] == [META, META]
 
 
 @pytest.mark.usefixtures("shapes_only")
@@ -162,6 +164,7 @@ def test_a_fit_on_an_accelerator(method, tmp_path):
     posterior = fit("regression", method=method, device=device, checkpoint=tmp_path / "run")
     assert all(v.device.type == device.type for v in posterior.draws.values())
     assert posterior.predict(X).mean.device.type == device.type
+    assert posterior.predict(iter([(X,)])).interval(0.9)[0].device.type == device.type
     assert (posterior.to("cpu").predict(X).mean - Y).abs().mean() < 1.0
     posterior.diagnose()
     posterior.to_arviz()
