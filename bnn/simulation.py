@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, sqrt
@@ -217,7 +217,7 @@ def sbc(
     Raises:
         ModelError: something of the model has no prior, or it does not run without observations.
         DataError: fewer posterior draws than `draws`; replicates whose f differ in shape.
-        FitError: f or the log likelihood is not a number.
+        FitError: f or the log likelihood is not a number; or a worker of the executor ended.
         CheckpointError: the file at `path` belongs to another run.
         Exception: whatever a fit raises, with a note of which replicate it was.
 
@@ -455,6 +455,11 @@ def _results(job: _Job, todo: Sequence[int], executor: Executor | None) -> Itera
     try:
         for future in as_completed(running):
             yield future.result()
+    except BrokenExecutor as error:
+        raise FitError(
+            f"sbc: a worker ended (killed, or out of memory?): {error} With path= the same call "
+            "computes only the replicates that are not there yet."
+        ) from error
     finally:
         for future in running:
             future.cancel()

@@ -2,7 +2,13 @@
 
 import json
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -132,6 +138,20 @@ def test_any_executor_gives_the_same_ranks(right, tmp_path):
         path = tmp_path / "sbc.jsonl"
         assert torch.equal(run(replicates=8, executor=processes, path=path).ranks, right.ranks[:8])
     assert len(path.read_text().splitlines()) == 9
+
+
+class Broken(Executor):
+    """Whose workers are dead."""
+
+    def submit(self, call, /, *args, **kwargs):
+        future = Future()
+        future.set_exception(BrokenExecutor("One was killed."))
+        return future
+
+
+def test_a_dead_worker_is_an_error_that_says_how_to_go_on():
+    with pytest.raises(bnn.FitError, match=r"a worker ended .* One was killed\. With path="):
+        run(replicates=2, executor=Broken())
 
 
 def test_a_run_goes_on_where_it_ended(right, tmp_path, monkeypatch):
