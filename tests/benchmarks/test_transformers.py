@@ -36,6 +36,7 @@ def test_every_entry_is_a_method(name):
     assert isinstance(transformers.METHODS[name].method(800), bnn.Method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", transformers.PROBLEMS)
 @pytest.mark.parametrize("prior", [True, False])
 def test_a_fit_is_scored(problem, prior, monkeypatch):

@@ -146,6 +146,7 @@ def test_results_survive_a_line_that_was_cut_off(tmp_path):
     assert "80 fits to go: about 1 min" in left
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_ended(folder, tmp_path):
     out = tmp_path / "results.jsonl"
     settings = uci.METHODS["MAP"].told("yacht", 60, 50)

@@ -84,6 +84,7 @@ def _scorecards(text):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["TyXe", "BLiTZ", "Raw Pyro", "NumPyro"])
 @pytest.mark.filterwarnings("ignore", "error::bnn.errors.PerformanceWarning")
 def test_our_side_of_a_comparison_runs(section):

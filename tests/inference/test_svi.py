@@ -62,7 +62,12 @@ def test_guides_that_can_be_exact_are(regression, guide):
 
 @pytest.mark.parametrize(
     "guide",
-    [AutoMultivariateNormal, AutoNormal, AutoDiagonalNormal, AutoIAFNormal],
+    [
+        AutoMultivariateNormal,
+        AutoNormal,
+        AutoDiagonalNormal,
+        pytest.param(AutoIAFNormal, marks=pytest.mark.slow),
+    ],
     ids=lambda g: g.__name__,
 )
 def test_autoguides_are_taken_as_they_are(regression, guide):
