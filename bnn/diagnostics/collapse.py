@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 
 from bnn.diagnostics.functions import Looked, thinned
 from bnn.diagnostics.report import Finding
@@ -15,6 +15,7 @@ from bnn.prior import prior_draws
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
+_EVEN = SequentialSampler | RandomSampler | SubsetRandomSampler  # each of their rows alike
 _POINT = (
     1e-4  # of the predictive sd: what 10^8 rows leave of a weight's doubt, and float32 resolves
 )
@@ -158,7 +159,7 @@ def minibatches(posterior: "Posterior") -> Finding | None:
         lost, cause = False, ""
         if fixed or drawn != data.rows:
             lost, cause = True, "rows that no pass shows"
-        elif not isinstance(loader.sampler, SequentialSampler | RandomSampler):
+        elif not isinstance(loader.sampler, _EVEN):
             lost, cause = True, f"rows that {type(loader.sampler).__name__} shows as it likes"
     share = shown / data.rows
     return Finding(
