@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
 _EVEN = SequentialSampler | RandomSampler | SubsetRandomSampler  # each of their rows alike
-_POINT = (
-    1e-4  # of the predictive sd: what 10^8 rows leave of a weight's doubt, and float32 resolves
-)
+_POINT = 1e-4  # of the predictive sd: the doubt that 10^8 rows leave, and float32 resolves
 _PRIOR_DRAWS = 200
 _MATTERS = 0.1  # nats
 _FEWEST = 20  # draws: the law of fewer is not seen

@@ -49,7 +49,8 @@ class SGHMC(Diffusion):
         steps: gradient steps after warmup.
         batch_size: rows in a minibatch; None takes all rows at every step.
         step_size: h, in units of the scales. None: for each chain the longest, to .6, that is
-            stable in its stiffest direction and keeps the noise above at .3.
+            stable in its stiffest direction and keeps the noise above at .3; a chain that still
+            runs away goes back to its last draw with half of it, six times at most.
         cycles: None holds the step size. A number: it falls so many times along a cosine to 0, and
             draws come from the second half of each fall; long steps move between modes.
         preconditioned: scales are measured in warmup, from the curvature and the noise of the
