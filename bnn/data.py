@@ -4,7 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -203,7 +203,8 @@ class Batches(Iterator[tuple]):
         self._begin, self._generators, self._shared = begin, generators, shared
         self._pass: Iterator[tuple] = iter(())
         self._ahead: deque[tuple[tuple, tuple[Any, int]]] = deque()
-        self._now = self._mark = (self._origin(), 0)  # of what was fetched, and of what was taken
+        # Of what was fetched and of what was taken: the pass, and its batches; -1 before any pass.
+        self._now = self._mark = (self._origin(), -1)
 
     def __next__(self) -> tuple:
         batch, self._mark = self._ahead.popleft() if self._ahead else self._fetched()
@@ -230,6 +231,8 @@ class Batches(Iterator[tuple]):
         batch = next(self._pass, None)
         if batch is None:
             self._now = (self._origin(), 0)
+            if not self._ahead:  # of the pass before it nothing is still to be taken
+                self._mark = self._now
             self._pass = self._begin()
             batch = next(self._pass, None)
         if batch is None:
@@ -248,7 +251,7 @@ class Batches(Iterator[tuple]):
         """What is left of a pass."""
         for each, origin in zip(self._generators, state["origin"]["own"], strict=True):
             each.set_state(origin.clone())  # a view would crash it
-        if not state["taken"]:
+        if state["taken"] < 0:
             return
         now = generators()
         if self._shared:
@@ -260,8 +263,9 @@ class Batches(Iterator[tuple]):
                     f"A pass over the rows has {number} batches, and {state['taken']} had been "
                     "taken when the fit was stopped: these are other data."
                 )
+        first = list(islice(left, 0 if state["taken"] else 1))  # with it a pass draws its order
         set_generators(now)
-        yield from left
+        yield from chain(first, left)
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:

@@ -26,9 +26,10 @@ class Snapshots:
         self.kept: list[tuple[int, Tensor]] = []
 
     def __call__(self, step: int) -> None:
-        """Notes the tensor after so many steps."""
+        """Notes the tensor after so many steps, once: a fit may go on from its very start."""
         self.now = step
-        if self.count and step % self.stride == 0:
+        noted = bool(self.kept) and self.kept[-1][0] == step
+        if self.count and step % self.stride == 0 and not noted:
             self.kept.append((step, self.tensor.detach().clone()))
         if len(self.kept) > _FINER * self.count:
             self.kept, self.stride = self.kept[::2], 2 * self.stride
