@@ -88,8 +88,10 @@ def fit(
     Warns:
         ConvergenceWarning: the fit was stopped; or what was looked at on the way makes the answer
             doubtful: of a sampler divergences, energies, tree depth, R-hat of f at 20 rows and of
-            single numbers; of an optimiser an objective that still rose; of some methods what they
-            alone can tell. `Posterior.diagnose` looks at more, at k-hat of a guide for one.
+            single numbers, with a limit that an effective sample size of 400 just keeps; of an
+            optimiser an objective that still rose; of a guide or a Gaussian at a mode its k-hat,
+            where rows times draws are few enough to look; of some methods what they alone can
+            tell. `Posterior.diagnose` looks at more, and longer.
         CheckpointWarning: a save failed (no room), and the fit goes on.
 
     Example:

@@ -6,6 +6,7 @@
 The largest ratios follow a Pareto law with shape k (Vehtari et al. 2024): means over them converge
 where k < 1, usefully where k < .7. k is about |rho| for the mean-field fit of two variables with
 correlation rho, and 0 where q is the posterior. z is on the real line, the Jacobian included.
+Every fit with a q looks at k, as far as that takes a fraction of a second.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnn.data import take
-from bnn.diagnostics import Finding
+from bnn.diagnostics import Finding, warn
 from bnn.handlers import parameters, quiet_pyro, seeded
 from bnn.inference._energy import Energy
 from bnn.posterior import Posterior
@@ -23,6 +24,7 @@ from bnn.posterior import Posterior
 LIMIT = 0.7
 _EVALUATIONS = 10_000_000  # rows x draws,
 _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
+_QUICK = 50  # times fewer at a fit
 _AT_ONCE = 100_000  # rows x draws in memory together
 _FEWEST = 100  # draws: the tail of fewer is a handful
 
@@ -41,45 +43,91 @@ def of_guide(posterior: Posterior) -> list[Finding]:
     worst = max(range(len(told)), key=lambda chain: told[chain][0])
     k, log_mean = told[worst]
     gap = log_mean - float(ratios[worst].double().mean())
-    limit = min(1 - 1 / math.log10(ratios.shape[1]), LIMIT)
-    far = not k < limit
-    advice = (
-        'Take a wider family (SVI guide="full_rank" or "flow"), or bnn.NUTS; predictions can be '
-        "good all the same: score them on held-out rows."
-    )
+    finding = of_k(k, ratios.shape[1])
     return [
-        Finding(
-            name="k-hat of q",
-            value=k,
-            threshold=limit,
-            doubtful=far,
-            meaning=f"The ratios posterior / q have a Pareto tail with k = {k:.2f}: "
-            + (
-                "q misses mass that the posterior has, and its widths are its own."
-                if far
-                else "q is close enough to the posterior that reweighting its draws would work."
-            ),
-            advice=advice,
-        ),
+        finding,
         Finding(
             name="gap of q",
             value=gap,
             threshold=None,
             doubtful=False,
             meaning=f"KL(q || posterior) is about {gap:.2g} nats"
-            + (", or more: with such a k too little is seen of it." if far else "."),
+            + (", or more: with such a k too little is seen of it." if finding.doubtful else "."),
         ),
     ]
 
 
-def log_ratios(posterior: Posterior) -> Tensor | None:
-    """Ratios of the draws, (chain, draw); None where it cannot be had at a bearable cost."""
+def of_k(k: float, draws: int) -> Finding:
+    """Pareto's k of the ratios of so many draws."""
+    limit = min(1 - 1 / math.log10(draws), LIMIT)
+    far = not k < limit
+    return Finding(
+        name="k-hat of q",
+        value=k,
+        threshold=limit,
+        doubtful=far,
+        meaning="The ratios posterior / q have a Pareto tail with "
+        f"k = {k:.2f} (limit {limit:.2g}): "
+        + (
+            "q misses mass that the posterior has, and its widths are its own."
+            if far
+            else "q is close enough to the posterior that reweighting its draws would work."
+        ),
+        advice='Take a wider family (SVI guide="full_rank" or "flow"), or bnn.NUTS; predictions '
+        "can be good all the same: score them on held-out rows.",
+    )
+
+
+def warned(posterior: Posterior) -> Posterior:
+    """The posterior of a fit with a q, after a warning where its k-hat is above the limit."""
+    ratios = log_ratios(posterior, _QUICK)
+    if ratios is not None:
+        warn([of_k(max(pareto_k(each) for each in ratios), ratios.shape[1])])
+    return posterior
+
+
+def pareto_k(log_ratios: Tensor) -> float:
+    """Shape of the tail of the ratios, (draw,); 0 where all, inf where most are the same.
+
+    ArviZ's number, to 1e-9: a fit asks for it, and ArviZ takes seconds to import.
+
+    References:
+        Zhang, Stephens (2009), A new and efficient estimation method for the generalized Pareto
+        distribution; Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance
+        sampling, section 3.
+    """
+    ratios = log_ratios.double().cpu().sort().values
+    ratios = ratios - ratios[-1]
+    if ratios[0] > -1e-9:
+        return 0.0
+    length = math.ceil(min(0.2 * len(ratios), 3 * math.sqrt(len(ratios))))
+    tail = (ratios[-length:].exp() - ratios[-length - 1].exp()).clamp(min=0)
+    grid = torch.arange(1, 31 + int(math.sqrt(length)), dtype=torch.float64)
+    scale = (1 - (len(grid) / (grid - 0.5)).sqrt()) / (3 * tail[int(length / 4 + 0.5) - 1])
+    scale = scale + 1 / tail[-1]  # -k / sigma
+    shape = torch.log1p(-scale[:, None] * tail).mean(1)
+    weights = (length * ((-scale / shape).log() - shape - 1)).softmax(0)
+    weights = torch.where(weights >= 10 * torch.finfo(torch.float64).eps, weights, 0.0)
+    mean = (weights * scale).sum() / weights.sum()
+    k = float(torch.log1p(-mean * tail).mean())
+    k = (length * k + 5.0) / (length + 10)  # a prior that is worth ten of the tail, at 1/2
+    return k if math.isfinite(k) else math.inf
+
+
+def log_ratios(posterior: Posterior, quick: int = 1) -> Tensor | None:
+    """Ratios of the draws, (chain, draw); None where it cannot be had at a bearable cost.
+
+    Args:
+        posterior: whose draws; of each chain the first, as many as time allows.
+        quick: how many times less time there is.
+    """
     log_q, data, sites = posterior.stats.get("log_q"), posterior.data, posterior.sites
     if log_q is None or data.loader is not None or sites.subsampled:
         return None
     energy = Energy(posterior.program, data, sites)
     rows = max(data.rows, 1)
-    affordable = min(_EVALUATIONS // rows, _MULTIPLICATIONS // (rows * max(energy.size, 1)))
+    cells = min(_EVALUATIONS, _MULTIPLICATIONS // max(energy.size, 1)) // quick
+    affordable = cells // (rows * len(log_q))
     count = min(log_q.shape[1], max(affordable, 0))
     if count < _FEWEST:
         return None

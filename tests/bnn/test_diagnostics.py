@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import bnn
 from bnn.diagnostics import Finding, Report, collapse, convergence, functions
 from bnn.export import ess, psis
+from bnn.inference._importance import pareto_k
 from tests.exact import Regression
 
 QUICK = {"steps": 800, "learning_rate": 0.05, "schedule": "cosine"}
@@ -88,6 +89,17 @@ def test_exponential_of_an_exponential_has_its_rate_as_k():
     unit = torch.empty(20_000).exponential_(generator=torch.Generator().manual_seed(0))
     for k in (0.3, 0.6, 0.9):
         assert psis(k * unit)[0] == pytest.approx(k, abs=0.15)  # the tail is 424 draws: 2 sd
+
+
+def test_a_fit_reads_the_k_that_arviz_reads():
+    draws = torch.Generator().manual_seed(0)
+    for count in (100, 137, 1000, 5000):
+        normal = torch.randn(count, generator=draws, dtype=torch.float64)
+        for ratios in (0.1 * normal, 2 * normal, 40 * normal - 1e4, normal.abs(), -normal.exp()):
+            assert pareto_k(ratios) == pytest.approx(psis(ratios)[0], abs=1e-9)
+    assert pareto_k(torch.full((50,), -3.0)) == 0
+    few = torch.cat([torch.zeros(997), torch.arange(3.0)])
+    assert pareto_k(few) == psis(few)[0] == math.inf
 
 
 def test_the_limit_of_rhat_is_that_of_the_same_ess():
@@ -293,11 +305,16 @@ def test_khat_of_svi():
     """Narrow in one direction of two, and doubtful; with a covariance, exact."""
     exact = Regression.make(0.95)
     method = bnn.SVI(draws=4_000, particles=4, **QUICK)
-    report = fit(exact.model, exact.x, exact.y, method=method).diagnose()
+    with pytest.warns(bnn.ConvergenceWarning) as caught:
+        report = bnn.fit(exact.model, exact.x, exact.y, method=method).diagnose()
     assert [each.name for each in report.doubtful] == ["k-hat of q"]
     assert report.doubtful[0].value == pytest.approx(0.85, abs=0.25)
+    assert [str(each.message)[:10] for each in caught] == ["The ratios"]
+    assert caught[0].filename == __file__
     method = bnn.SVI(guide="full_rank", draws=4_000, particles=8, **QUICK)
-    report = fit(exact.model, exact.x, exact.y, method=method).diagnose()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = bnn.fit(exact.model, exact.x, exact.y, method=method).diagnose()
     assert not report.doubtful, report
     assert abs(named(report)["gap of q"].value) < 0.02
 
@@ -364,7 +381,7 @@ def test_an_objective_that_still_rises_is_found_by_fit_and_report(regression):
         assert "rise of the objective" in {each.name for each in posterior.diagnose().doubtful}
     with warnings.catch_warnings():
         warnings.simplefilter("error", bnn.ConvergenceWarning)
-        method = bnn.SVI(particles=4, **QUICK)
+        method = bnn.SVI(guide="full_rank", particles=4, **QUICK)
         posterior = bnn.fit(regression.model, regression.x, regression.y, method=method)
     assert not named(posterior.diagnose())["rise of the objective"].doubtful
 
