@@ -265,16 +265,23 @@ def test_arviz_reads_the_result(posterior):
         assert len(az.summary(exported, var_names=["net.weight", "sigma"])) == 4
         az.plot_trace(exported, var_names=["sigma"])
         matplotlib.pyplot.close("all")
-        if az.__version__ >= "1" and _repeats_its_draws(posterior):
-            # Leave-one-out by importance sampling needs draws that differ: 0.x says k = inf, 1.x
-            # raises. bnn.compare answers on both, with the warning.
-            with pytest.raises(ValueError, match="tail values are the same"):
-                az.loo(exported)
+        try:
+            elpd = az.loo(exported)
+        except (ValueError, IndexError):
+            # Leave-one-out by importance sampling needs draws that differ, and 25 of them: 0.x says
+            # k = inf, 1.x raises. bnn.compare answers on both, with the warning.
+            assert az.__version__ >= "1"
+            assert _has_no_tail(posterior)
             return
-        elpd = az.loo(exported)
         assert np.isfinite(float(getattr(elpd, "elpd", None) or elpd.elpd_loo))
         table = az.compare({"one": exported, "two": exported})
     assert len(table) == 2
+
+
+def _has_no_tail(posterior):
+    """Too few draws, or too many alike, for a Pareto tail of five ratios that differ."""
+    each = posterior.log_likelihood().flatten(0, 1)
+    return len(each) < 25 or min(len(row.unique()) for row in each.T) < 6
 
 
 def _repeats_its_draws(posterior):
