@@ -22,7 +22,7 @@ from bnn.arguments import call_of
 from bnn.data import Data, shape_of, take, take_filled
 from bnn.errors import DataError, DataWarning, ModelError, outside
 from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
-from bnn.method import Model, name_of
+from bnn.method import Method, Model, name_of
 from bnn.observations import (
     as_support_takes,
     check_shape,
@@ -98,6 +98,33 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
         _check_trace(model, data, sites)
         _warn_of_offset(model, data)
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
+
+
+def check_batch(model: Model, data: Data, sites: Sites, method: Method) -> None:
+    """Refuses minibatches of which the model's own plate cannot draw a part.
+
+    Raises:
+        ModelError: names the plate, and the rows that it is shown and draws.
+    """
+    size, whole = getattr(method, "batch_size", None), len(data.observations)
+    if not sites.subsampled or size is None or size >= whole:
+        return
+    with quiet_pyro(), seeded(np.random.SeedSequence(0)), torch.no_grad():
+        try:
+            trace: Any = poutine.trace(model).get_trace(*take(data.tensors, slice(size)))
+            cause = None
+        except Exception as error:
+            trace, cause = poutine.Trace(), error
+    frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
+    if any(f.name == sites.plate and f.full_size == size for f in frames):
+        return
+    drawn = f"{sites.subsample_size} of {'them' if sites.every_row else f'all {whole}'}"
+    cure = "pass a larger one" if sites.every_row else "give the plate the rows it has, len(x)"
+    raise ModelError(
+        f"{type(method).__name__}(batch_size={size}) shows the model {size} rows at a time, and "
+        f'its plate "{sites.plate}" draws {drawn}. Leave subsample_size out, batch_size scales by '
+        f"N/B too; or {cure}."
+    ) from cause
 
 
 def check_prior(model: Model, inputs: tuple[Tensor, ...], names: tuple[str, ...]) -> Sites:
@@ -205,6 +232,8 @@ def told(model: Model, data: Data) -> Iterator[None]:
                 f"Give the plate the number of rows, len({data.names[0]}), and the distribution "
                 "the batch shape (row,): drop an axis of f with [:, 0]."
             )
+        elif "subsample_size does not match" in first:
+            cure = "Leave subsample_size out: a minibatch scales by N/B too; or make it larger."
         elif _DTYPES.search(first):
             cure = (
                 f"Data come in torch's default dtype, {torch.get_default_dtype()}: build the "

@@ -129,6 +129,7 @@ def fit(
     read = arguments.read(model, data, getattr(method, "batch_size", None), where)
     with devices.on(read.observations.device):
         read, sites = contract.check(model, read, adds_sites=method.adds_sites)
+        contract.check_batch(model, read, sites, method)
     shared = processes.current()
     if shared is not None:
         _check_shared(model, read, sites, method, seed, shared)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import bnn
 from bnn.errors import DataError, DataWarning, ModelError
+from bnn.method import METHODS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::bnn.errors.ConvergenceWarning", "ignore::bnn.errors.ApproximationWarning"
@@ -212,6 +213,12 @@ def subsamples_wrongly(x, y=None):
         pyro.sample("y", dist.Normal(x[index] @ w, 1.0), obs=y)
 
 
+def subsamples_of_all(x, y=None):
+    w = weight()
+    with pyro.plate("data", N, subsample_size=3) as index:
+        pyro.sample("y", dist.Normal(x[index] @ w, 1.0), obs=None if y is None else y[index])
+
+
 class Unsized(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(X, Y, strict=True)
@@ -399,6 +406,36 @@ def test_what_a_sampler_cannot_do_and_an_optimiser_can(model, data, error, named
         with untouched():
             posterior = bnn.fit(model, *data, method=method)
         assert posterior.draws["w"].isfinite().all()
+
+
+BATCHED = {
+    name: kind
+    for name, kind in METHODS.items()
+    if kind.__module__.startswith("bnn.") and hasattr(kind, "batch_size")
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize(
+    ("model", "found", "cure"),
+    [
+        (subsamples, r"batch_size=2\) shows .* 2 rows .* draws 3 of them", "out.* a larger one"),
+        (subsamples_of_all, r"batch_size=2\) .* draws 3 of all 6", r"out, .*len\(x\)"),
+    ],
+    ids=["too-few", "of-all"],
+)
+def test_a_minibatch_of_which_a_plate_draws_what_is_not_there(name, model, found, cure):
+    method = BATCHED[name](batch_size=2)
+    refuses(lambda: bnn.fit(model, X, Y, method=method), ModelError, name, '"data"', found, cure)
+
+
+def test_a_minibatch_of_which_a_plate_draws_a_part():
+    """Four rows of six are shown, and three of those count twice: the mode is that of all rows."""
+    method = bnn.MAP(steps=1500, batch_size=4)
+    w = bnn.fit(subsamples, X, Y, method=method, progress=False).draws["w"][0, 0]
+    precision = X.T @ X + torch.eye(2)
+    off = (w - torch.linalg.solve(precision, X.T @ Y)) * precision.diagonal().sqrt()
+    assert off.abs().max() < 0.2  # posterior sds: the noise of the last steps
 
 
 BAD_LOADERS = {
