@@ -10,7 +10,7 @@ settings and the seed alone: an executor, whichever it is, gives the bits that n
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, wait
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -32,12 +32,12 @@ from bnn.method import Method, Model
 from bnn.posterior import Posterior
 from bnn.run import Folder, Interrupted, Run
 from bnn.sites import Sites, require_one_value
+from bnn.workers import Workers, first_line, lost
 
 ALONE = RLock()
 """Held by a fit: Pyro's and torch's state is the process's, and threads take turns."""
 
 _PARTS = 2**31  # branches of the seed tree from here on, apart from those within a fit
-_DEAD = ("KilledWorker", "CommClosedError", "TerminatedWorkerError")  # dask's and loky's
 _POLL = 0.5  # seconds
 
 
@@ -188,30 +188,33 @@ def _elsewhere(
 ) -> dict[int, Posterior]:
     """Those that workers computed, by number: all, unless the run was stopped."""
     sent: dict[int, _Sent] = {}
-    left = {executor.submit(part): i for i, part in enumerate(parts)}
     show = progress and stderr.isatty()
     try:
-        with run.under_way(), tqdm(total=len(parts), desc="parts", disable=not show) as shown:
+        with (
+            Workers(executor, parts) as workers,
+            run.under_way(),
+            tqdm(total=len(parts), desc="parts", disable=not show) as shown,
+        ):
             run.listening = True
-            while left:
-                busy = [i for future, i in left.items() if future.running()]
-                done = wait(left, _POLL, FIRST_COMPLETED).done
+            while workers.left:
+                busy = [i for future, i in workers.left.items() if future.running()]
+                ended = workers.ended(_POLL)
                 if run.stopped:
-                    left = {future: i for future, i in left.items() if not future.cancel()}
-                for future in done:
-                    i = left.pop(future)
-                    error = CancelledError() if future.cancelled() else future.exception()
-                    if error is None:
-                        sent[i] = future.result()
-                        shown.update()
-                    elif not run.stopped:
-                        broken = isinstance(error, BrokenExecutor)  # all futures: whose was it?
-                        lost = (busy or sorted([i, *left.values()])) if broken else [i]
-                        raise _told(error, parts[i], " or ".join(parts[k].name for k in lost))
+                    workers.cancel()
+                if ended is None:
+                    continue
+                i, future, error = ended
+                if error is None:
+                    sent[i] = future.result()
+                    shown.update()
+                elif not run.stopped:
+                    names = lambda which: [parts[k].name for k in which]
+                    all_broke = isinstance(error, BrokenExecutor)
+                    perhaps = (busy or sorted([i, *workers.left.values()])) if all_broke else [i]
+                    told = " and ".join(names(workers.dead)) or " or ".join(names(perhaps))
+                    raise _told(error, parts[i], told)
     finally:
         run.listening = False
-        for future in left:
-            future.cancel()
     made = {i: each.of(parts[i]) for i, each in sent.items()}  # while no thread records warnings
     run.cut = not all(each.complete for each in made.values())
     if run.cut and not run.stopped:
@@ -222,10 +225,11 @@ def _elsewhere(
 def _told(error: BaseException, part: Part, names: str) -> BaseException:
     """What to raise for what a worker raised, or for its end."""
     what = type(part.method).__name__
-    if isinstance(error, BrokenExecutor | CancelledError) or type(error).__name__ in _DEAD:
+    if lost(error):
         found = FitError(
             f"{what}: a worker ended (killed, or out of memory?) while it computed {names}: "
-            f"{error}. With checkpoint= the same call computes again what it had not kept."
+            f"{first_line(error)}. With checkpoint= the same call computes again what it had not "
+            "kept."
         )
     elif "pickle" in f"{type(error).__name__} {error}".lower():
         found = ModelError(

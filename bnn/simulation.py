@@ -16,9 +16,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, as_completed
+from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf, sqrt
 from sys import stderr
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from bnn.parts import ALONE
 from bnn.posterior import Posterior
 from bnn.prediction import predict
 from bnn.sites import Sites, require_every_row
+from bnn.workers import Workers, first_line, lost
 
 if TYPE_CHECKING:
     import os
@@ -451,18 +452,20 @@ def _results(job: _Job, todo: Sequence[int], executor: Executor | None) -> Itera
     if executor is None:
         yield from map(job, todo)
         return
-    running = [executor.submit(job, i) for i in todo]
-    try:
-        for future in as_completed(running):
+    with Workers(executor, [partial(job, i) for i in todo]) as workers:
+        while workers.left:
+            ended = workers.ended()
+            if ended is None:
+                continue
+            number, future, error = ended
+            if error is not None and lost(error):
+                dead = workers.dead if isinstance(error, BrokenExecutor) else [number]
+                over = " over replicate " + " and ".join(str(todo[k]) for k in dead) if dead else ""
+                raise FitError(
+                    f"sbc: a worker ended{over} (killed, or out of memory?): {first_line(error)}. "
+                    "With path= the same call computes only the replicates that are not there yet."
+                ) from error
             yield future.result()
-    except BrokenExecutor as error:
-        raise FitError(
-            f"sbc: a worker ended (killed, or out of memory?): {error} With path= the same call "
-            "computes only the replicates that are not there yet."
-        ) from error
-    finally:
-        for future in running:
-            future.cancel()
 
 
 def _gathered(results: Sequence[Mapping[str, Any]], draws: int) -> SBC:

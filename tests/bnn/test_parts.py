@@ -5,10 +5,18 @@ import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 import warnings
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -19,12 +27,14 @@ import torch
 
 import bnn
 from bnn.parts import joined
+from bnn.run import Phase
 from tests.exact import Regression, assert_exact
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning"),
     pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning"),
 ]
+ROOT = Path(__file__).parents[2]
 X = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
 Y = X[:, 0] - X[:, 1] + 0.1 * torch.randn(24, generator=torch.Generator().manual_seed(1))
 SWAG = dict(steps=60, collection=60, every=2, rank=4, draws=5)
@@ -50,10 +60,18 @@ def model(x, y=None):
         pyro.sample("y", dist.Normal(f, sigma), obs=y)
 
 
+os.environ.setdefault("BNN_TEST_CALLER", str(os.getpid()))  # what workers inherit
+
+
+def away():
+    """True in a worker."""
+    return os.environ["BNN_TEST_CALLER"] != str(os.getpid())
+
+
 def mortal(x, y=None):
     """Ends its process where a file says so, in the worker that finds it first."""
     token = Path(os.environ.get("BNN_TEST_MORTAL", "absent"))
-    if multiprocessing.parent_process() is not None and token.exists():
+    if away() and token.exists():
         try:
             token.unlink()
         except FileNotFoundError:
@@ -71,7 +89,7 @@ class Odd(Exception):
 
 
 def odd(x, y=None):
-    if multiprocessing.parent_process() is not None:
+    if away():
         raise Odd("no", "luck")
     model(x, y)
 
@@ -125,12 +143,17 @@ def test_any_executor_gives_the_bits_that_none_gives(name, pool):
         assert len({tuple(row.tolist()) for row in w}) == count
 
 
-def test_a_pool_is_an_executor_by_the_few_lines_that_the_docs_show():
-    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+def of_pool(workers):
+    """The executor that the docs make of a pool."""
     shown = {"Executor": Executor, "Future": Future}
+    page = (ROOT / "docs" / "scaling.md").read_text()
     exec(re.search(r"class OfPool.*?return future", page, re.S)[0], shown)
+    return shown["OfPool"](workers)
+
+
+def test_a_pool_is_an_executor_by_the_few_lines_that_the_docs_show():
     with ThreadPool(2) as workers:
-        executor = shown["OfPool"](workers)
+        executor = of_pool(workers)
         assert same(fit(METHODS["map"], executor=executor), fit(METHODS["map"]))
         with pytest.raises(Odd):
             executor.submit(_unlucky).result()
@@ -262,31 +285,58 @@ def test_an_error_in_a_worker_names_the_part(pool):
 # ------------------------------------------------------------------ ends that come too early
 
 
-def mortal_pool():
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+class Broken(Executor):
+    """Whose workers are dead, nobody knows where."""
+
+    def submit(self, call, /, *args, **kwargs):
+        future = Future()
+        future.set_exception(BrokenExecutor("One was killed."))
+        return future
 
 
-def test_a_dead_worker_is_an_error_that_names_the_part(tmp_path, monkeypatch):
-    """And of a kept fit only what it had not kept is computed again."""
-    method = bnn.NUTS(chains=4, warmup=25, draws=15, parts=2)
-    token, folder = tmp_path / "token", tmp_path / "run"
-    monkeypatch.setenv("BNN_TEST_MORTAL", str(token))
-    whole = fit(method, mortal)
-    token.touch()
-    with mortal_pool() as alone, pytest.raises(bnn.FitError, match="worker ended") as caught:
-        fit(method, mortal, executor=alone, checkpoint=folder)
-    assert "chains 0 to 1" in str(caught.value)
-    assert not token.exists()
-    assert time.time() - tmp_path.stat().st_mtime < 10  # the token went as the worker died
-    assert not (folder / "posterior.safetensors").exists()
-    with mortal_pool() as alone:
-        again = fit(method, mortal, executor=alone, checkpoint=folder)
-    assert same(again, whole)
-    assert {each.name for each in folder.iterdir()} == {
-        "fit.safetensors",
-        "posterior.safetensors",
-        "lock",
-    }
+def test_where_no_worker_left_a_note_all_that_ran_are_named():
+    with pytest.raises(bnn.FitError, match=r"computed restart 0 or restart 1: One was killed\. W"):
+        fit(METHODS["map"], executor=Broken())
+
+
+def test_the_dead_of_several_workers_is_named(tmp_path, monkeypatch):
+    """The other goes on from its last step, and the part that had ended is not computed again."""
+    method = bnn.NUTS(chains=3, warmup=25, draws=1000, parts=3)
+    folder, notes, killed = tmp_path / "run", tmp_path / "notes", []
+    notes.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(notes))
+
+    def kill():
+        while not killed:
+            time.sleep(0.01)
+            if (folder / "part-002" / "state-0.safetensors").exists():
+                (note,) = notes.glob("bnn-*/2-*")
+                os.kill(int(note.name.partition("-")[2]), signal.SIGKILL)
+                killed.append(time.monotonic())
+
+    threading.Thread(target=kill, daemon=True).start()
+    spawned, kept = multiprocessing.get_context("spawn"), bnn.Checkpoint(folder, every=0.1)
+    with ProcessPoolExecutor(2, spawned) as two, pytest.raises(bnn.FitError) as caught:
+        fit(method, executor=two, checkpoint=kept)
+    assert time.monotonic() - killed[0] < 10  # the pool has let go of its workers too
+    assert "while it computed chain 2: " in str(caught.value)
+    with pytest.raises(bnn.FitError, match=r"takes no more work .* Pass a new one"):
+        fit(method, executor=two, checkpoint=kept)
+    assert not list(notes.glob("bnn-*"))
+
+    steps, goes_on = Counter(), Phase.goes_on
+    monkeypatch.setattr(
+        Phase, "goes_on", lambda self: steps.update([self.run.folder.name]) or goes_on(self)
+    )
+    again = fit(method, checkpoint=kept)
+    redone = [steps.pop(f"part-00{i}", 0) for i in range(3)]
+    assert same(again, fit(method, checkpoint=tmp_path / "whole"))
+    whole = [steps[f"part-00{i}"] for i in range(3)]
+    assert min(redone[:2]) == 0
+    assert max(redone[:2]) < whole[0]
+    assert 0 < redone[2] < whole[2]
+    left = {"fit.safetensors", "posterior.safetensors", "lock"}
+    assert {each.name for each in folder.iterdir()} == left
 
 
 def test_a_part_that_was_kept_is_not_computed_again(tmp_path, monkeypatch):

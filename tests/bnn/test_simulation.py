@@ -1,6 +1,10 @@
 """Simulation-based calibration: of a posterior known exactly, of planted mistakes, of samplers."""
 
 import json
+import os
+import random
+import signal
+import time
 import warnings
 from concurrent.futures import (
     BrokenExecutor,
@@ -10,7 +14,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
 )
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import pyro
 import pyro.distributions as dist
@@ -36,6 +40,14 @@ def linear(x, y=None):
     with pyro.plate("data", len(x)):
         f = pyro.deterministic("f", a + b * x)
         pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+
+def mortal(x, y=None):
+    """Ends its process, in a worker."""
+    if parent_process() is not None:
+        time.sleep(random.SystemRandom().uniform(0.0, 2.0))  # one of them is the first
+        os.kill(os.getpid(), signal.SIGKILL)
+    linear(x, y)
 
 
 def logistic(x, y=None):
@@ -137,7 +149,9 @@ def test_any_executor_gives_the_same_ranks(right, tmp_path):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         path = tmp_path / "sbc.jsonl"
         assert torch.equal(run(replicates=8, executor=processes, path=path).ranks, right.ranks[:8])
-    assert len(path.read_text().splitlines()) == 9
+        assert len(path.read_text().splitlines()) == 9
+        with pytest.raises(bnn.FitError, match=r"a worker ended over replicate [0-7] \("):
+            run(replicates=8, model=mortal, executor=processes)
 
 
 class Broken(Executor):
