@@ -232,15 +232,13 @@ def approximate(
     pieces = divide(whole)
     if executor is not None and len(pieces) == 1:
         raise ValueError(_one_part(method))
-    start = time.perf_counter()
     try:
         if len(pieces) == 1:
             posterior = whole.compute(run, progress)
-            seconds = posterior.seconds
         else:
             made = compute(pieces, run, progress, executor)
             posterior = replace(method.join(made), method=method)
-            seconds = time.perf_counter() - start
+        seconds = run.elapsed()
     except Interrupted as error:
         if run.stopped == "SIGTERM":
             raise SystemExit(143) from error  # what a shell calls an end by this signal

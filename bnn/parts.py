@@ -178,6 +178,7 @@ def compute(
             its.cut = True
         if its.cut:
             run.stopped, run.cut = run.stopped or its.stopped, True
+        run.keep_seconds()
     if not made:
         raise Interrupted(f"The fit was stopped ({run.stopped}) before any part had a draw.")
     return [made[i] for i in sorted(made)]
@@ -201,6 +202,8 @@ def _elsewhere(
                 ended = workers.ended(_POLL)
                 if run.stopped:
                     workers.cancel()
+                if run.due():
+                    run.keep_seconds()
                 if ended is None:
                     continue
                 i, future, error = ended
@@ -215,6 +218,7 @@ def _elsewhere(
                     raise _told(error, parts[i], told)
     finally:
         run.listening = False
+        run.keep_seconds()
     made = {i: each.of(parts[i]) for i, each in sent.items()}  # while no thread records warnings
     run.cut = not all(each.complete for each in made.values())
     if run.cut and not run.stopped:

@@ -69,7 +69,7 @@ class Posterior:
         snapshot_steps: steps taken before each copy, (copy,).
         count: (chain, draw) where the model has no global site, and so `draws` is empty.
         seed: the seed of the fit.
-        seconds: how long the fit took.
+        seconds: how long the fit took; where it was stopped and gone on with, all its calls.
         complete: False of a fit that was stopped: the draws are what there was by then.
 
     Example:

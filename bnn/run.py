@@ -131,6 +131,9 @@ class Run:
         self._warned = False
         self._before: dict[int, Any] = {}
         self._way, self.count = _newest(folder) if folder is not None else ({}, 0)
+        earlier = self._way.get("seconds")  # those of a run in parts; a phase on its way tells too
+        if isinstance(earlier, float):
+            self.seconds = earlier
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator["Run"]:
@@ -193,6 +196,10 @@ class Run:
         tensors: dict[str, Tensor] = {}
         stored = files.packed({**tree, "count": self.count}, tensors)
         self._tried(f"state-{self.count % 2}.safetensors", stored, tensors)
+
+    def keep_seconds(self) -> None:
+        """Of a run in parts, which has no phase itself: how long it has taken."""
+        self.keep_state({"phase": 0, "seconds": self.elapsed()})
 
     def finish(self, write: Callable[[Path], Any]) -> bool:
         """Writes the posterior; True once it is on the disk."""

@@ -328,13 +328,16 @@ def test_the_dead_of_several_workers_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Phase, "goes_on", lambda self: steps.update([self.run.folder.name]) or goes_on(self)
     )
+    began = time.perf_counter()
     again = fit(method, checkpoint=kept)
+    took = time.perf_counter() - began
     redone = [steps.pop(f"part-00{i}", 0) for i in range(3)]
     assert same(again, fit(method, checkpoint=tmp_path / "whole"))
     whole = [steps[f"part-00{i}"] for i in range(3)]
     assert min(redone[:2]) == 0
     assert max(redone[:2]) < whole[0]
     assert 0 < redone[2] < whole[2]
+    assert again.seconds > took + 1  # the workers' count
     left = {"fit.safetensors", "posterior.safetensors", "lock"}
     assert {each.name for each in folder.iterdir()} == left
 
