@@ -4,7 +4,10 @@ import dataclasses
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -431,3 +434,60 @@ def test_dask_gives_the_same_bits():
         distributed.Client(local) as client,
     ):
         assert same(fit(method, executor=client.get_executor()), plain)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bits(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    from ray.util.multiprocessing import Pool
+
+    token, method = tmp_path / "token", METHODS["nuts"]
+    caller = os.environ["BNN_TEST_CALLER"]
+    given = {"PYTHONPATH": str(ROOT), "BNN_TEST_CALLER": caller, "BNN_TEST_MORTAL": str(token)}
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given}
+    )
+    try:
+        executor = of_pool(Pool(2))
+        plain = fit(method)
+        assert same(fit(method, executor=executor), plain)
+        with pytest.raises(bnn.FitError, match="Odd: no luck") as caught:
+            fit(method, odd, executor=executor)
+        assert "chain" in caught.value.__notes__[0]
+        token.touch()
+        start = time.monotonic()
+        with pytest.raises(bnn.FitError, match=r"while it computed chains? \d( to 1)?: "):
+            fit(method, mortal, executor=executor, checkpoint=tmp_path / "run")
+        assert time.monotonic() - start < 10
+        again = fit(method, mortal, executor=of_pool(Pool(2)), checkpoint=tmp_path / "run")
+        assert same(again, plain)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+def test_mpi_gives_the_same_bits(tmp_path):
+    """A process that dies ends the whole job, and the same command goes on."""
+    pytest.importorskip("mpi4py")
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if mpiexec is None:
+        pytest.skip("no mpiexec")
+    program, token = ROOT / "tests" / "bnn" / "over_mpi.py", tmp_path / "token"
+    command = [
+        mpiexec,
+        "-n",
+        "3",
+        sys.executable,
+        "-m",
+        "mpi4py.futures",
+        program,
+        tmp_path / "run",
+    ]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "BNN_TEST_MORTAL": str(token)}
+    call = lambda: subprocess.run(command, env=given, capture_output=True, text=True, timeout=200)
+    token.touch()
+    assert call().returncode != 0
+    assert not token.exists()
+    again = call()
+    assert again.stdout.split() == ["same", "FitError", "Odd:", "no", "luck"], again.stderr
