@@ -244,7 +244,7 @@ def approximate(
             raise SystemExit(143) from error  # what a shell calls an end by this signal
         raise
     if not run.frozen:
-        diagnostics.warn(diagnostics.convergence.at_fit(posterior))
+        diagnostics.warn([*diagnostics.convergence.at_fit(posterior), *method.at_fit(posterior)])
     if run.cut and not run.frozen:
         again = "" if run.folder is None else " Call the same fit again to go on."
         warnings.warn(

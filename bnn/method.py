@@ -109,6 +109,10 @@ class Method(ABC):
         """What only this method can tell of its fit, for `Posterior.diagnose`. Default: nothing."""
         return ()
 
+    def at_fit(self, posterior: "Posterior") -> "Sequence[Finding]":
+        """Those that cost little, and that `fit` warns of by itself. Default: nothing."""
+        return ()
+
 
 def name_of(model: Model) -> str:
     """What a model is called: its function's name, else its class's."""

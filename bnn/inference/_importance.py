@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnn.data import take
-from bnn.diagnostics import Finding, warn
+from bnn.diagnostics import Finding
 from bnn.handlers import parameters, quiet_pyro, seeded
 from bnn.inference._energy import Energy
 from bnn.posterior import Posterior
@@ -78,12 +78,12 @@ def of_k(k: float, draws: int) -> Finding:
     )
 
 
-def warned(posterior: Posterior) -> Posterior:
-    """The posterior of a fit with a q, after a warning where its k-hat is above the limit."""
+def at_fit(posterior: Posterior) -> list[Finding]:
+    """What a fit with a q looks at, where that takes a fraction of a second: its k-hat."""
     ratios = log_ratios(posterior, _QUICK)
-    if ratios is not None:
-        warn([of_k(max(pareto_k(each) for each in ratios), ratios.shape[1])])
-    return posterior
+    if ratios is None:
+        return []
+    return [of_k(max(pareto_k(each) for each in ratios), ratios.shape[1])]
 
 
 def pareto_k(log_ratios: Tensor) -> float:

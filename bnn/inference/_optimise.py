@@ -14,7 +14,7 @@ from bnn import processes
 from bnn.data import Batches
 from bnn.diagnostics import Finding
 from bnn.errors import ConvergenceWarning, FitError, outside
-from bnn.inference._importance import of_guide
+from bnn.inference._importance import at_fit, of_guide
 from bnn.inference._progress import bar
 from bnn.inference._snapshots import Snapshots
 from bnn.inference._step import Objective, Step
@@ -79,6 +79,10 @@ class Optimised(Method):
         """See `Method.findings`."""
         climb = [] if self.goes_on else of_climb(self, posterior)
         return [*climb, *of_guide(posterior)]
+
+    def at_fit(self, posterior: "Posterior") -> list[Finding]:
+        """See `Method.at_fit`."""
+        return at_fit(posterior)
 
 
 def settling(settings: Optimised) -> int:

@@ -27,7 +27,6 @@ from bnn.inference._choice import check_memory, chosen
 from bnn.inference._curvature import curvature
 from bnn.inference._energy import Energy
 from bnn.inference._evidence import scaled, tuned
-from bnn.inference._importance import warned
 from bnn.inference._joint import Joint
 from bnn.inference._linearize import PREFIX, linearized, require_f
 from bnn.inference._members import Members
@@ -163,7 +162,7 @@ class Laplace(Optimised):
         if self.predictive == "linearized":
             params |= {PREFIX + k.name: modes[0].z[k.span].reshape(k.free) for k in energy.slots}
         draws, log_q = drawn(modes, self.draws, branch(seed, 5))
-        posterior = Posterior(
+        return Posterior(
             model=model,
             method=self,
             data=data,
@@ -174,7 +173,6 @@ class Laplace(Optimised):
             history=max(histories, key=lambda h: float(h[-1])),
             log_evidence=evidence if whole else None,
         )
-        return warned(posterior)
 
     def program(self, model: Model, params: Tensors) -> Model:
         """The model under its tuned priors, which sites of new rows have; f linear in z or not."""

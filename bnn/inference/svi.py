@@ -38,7 +38,6 @@ from bnn.inference._elbo import Bound
 from bnn.inference._energy import Energy
 from bnn.inference._foreign_guide import fit_foreign
 from bnn.inference._guide import FAMILIES, drawn
-from bnn.inference._importance import warned
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._rowwise import Rowwise, flipout, local
 from bnn.method import Model, check_count, check_positive
@@ -138,7 +137,7 @@ class SVI(Optimised):
     ) -> Posterior:
         """See `Method.fit`."""
         if callable(self.guide):
-            return warned(fit_foreign(self, model, data, sites, seed=seed, progress=progress))
+            return fit_foreign(self, model, data, sites, seed=seed, progress=progress)
         require_continuous(sites, repr(self))
         if self.temperature != 1:
             warnings.warn(
@@ -188,7 +187,7 @@ class SVI(Optimised):
         params |= {f"guide.{k}": v.detach().clone() for k, v in family.tensors.items()}
         if elbo is None and self.temperature == 1:
             elbo = float(history[-max(len(history) // 20, 1) :].mean())
-        posterior = Posterior(
+        return Posterior(
             model=model,
             method=self,
             data=data,
@@ -199,4 +198,3 @@ class SVI(Optimised):
             history=history,
             elbo=None if self.guide == "point" else elbo,
         )
-        return warned(posterior)
