@@ -150,14 +150,17 @@ class Prediction(Predictive):
         q = torch.as_tensor(q, dtype=torch.float64)
         if bool(((q < 0) | (q > 1)).any()):
             raise ValueError(f"A quantile lies in 0..1, found {q.tolist()}.")
-        ordered = pooled.sort(0).values
-        place = q * (len(ordered) - 1)
+        place = q * (len(pooled) - 1)
         low = place.floor().long()
-        high = (low + 1).clamp(max=len(ordered) - 1)
-        share = (place - low).reshape(q.shape + (1,) * (ordered.ndim - 1)).to(self.mean)
-        return torch.lerp(
-            ordered[low].to(self.mean.dtype), ordered[high].to(self.mean.dtype), share
-        )
+        high = (low + 1).clamp(max=len(pooled) - 1)
+        share = (place - low).reshape(q.shape + (1,) * (pooled.ndim - 1)).to(self.mean)
+        step = max(1, NUMBERS * pooled.shape[1] // max(pooled.numel(), 1))  # a sort takes 3 copies
+        parts = []
+        for rows in pooled.split(step, 1):
+            ordered = rows.sort(0).values
+            ends = (ordered[at].to(self.mean.dtype) for at in (low, high))
+            parts.append(torch.lerp(*ends, share))
+        return torch.cat(parts, q.ndim)
 
     def __repr__(self) -> str:
         chain, draw, rows = self.y.shape[:3]
