@@ -27,6 +27,7 @@ from bnn.observations import (
     as_support_takes,
     check_shape,
     check_support,
+    impossible_parameter,
     same_for_every_row,
     warn_of_one_class,
 )
@@ -34,6 +35,7 @@ from bnn.sites import Site, Sites, to_support
 
 _OFF = 30  # standard deviations from 0: from there on SVI and MAP ended short of a slope, unseen
 _SHOWN, _RUNS = 5, 20  # f at prior draws: sd of its mean over rows, in sds over rows, by such runs
+_RARE = 10.0  # nats of the prior: what is rarer by more than that need not be right
 _FAR = 1e4  # observations this many times beyond what the prior can produce: a unit was forgotten
 
 
@@ -95,6 +97,7 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
                 'Give a weight a prior: pyro.sample("w", dist.Normal(0., 1.)).'
             )
         _check_masks(trace)
+        _check_parameters(trace)
         _check_trace(model, data, sites)
         _warn_of_offset(model, data)
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
@@ -336,9 +339,13 @@ def _check_trace(model: Model, data: Data, sites: Sites) -> None:
             f"{', '.join(hidden[:3])}: no prior, no pyro.param. Give them a prior with "
             "bnn.models.sample_weights(net), or freeze them with net.requires_grad_(False)."
         )
+    _check_parameters(again)
     _check_finite_density(log_joint, again, model)
     _check_same_sites(sites, _latent(again))
-    _check_same_sites(sites, _at_mirror(model, data, _latent(again)))
+    mirror = _at_mirror(model, data, again)
+    _check_same_sites(sites, _latent(mirror))
+    if _log_prior(mirror) > _log_prior(again) - _RARE:
+        _check_parameters(mirror)
 
 
 def _check_masks(trace: Any) -> None:
@@ -351,18 +358,44 @@ def _check_masks(trace: Any) -> None:
             )
 
 
-def _at_mirror(model: Model, data: Data, drawn: dict[str, Any]) -> dict[str, Any]:
-    """The latent sites of a run at -z: a model that branches on the sign of a site shows it."""
+def _log_prior(trace: Any) -> float:
+    nodes = _latent(trace).values()
+    return sum(float(node["fn"].log_prob(node["value"]).sum()) for node in nodes)
+
+
+def _check_parameters(trace: Any) -> None:
+    """Refuses distributions that the model gives parameters they cannot have.
+
+    With checks off many have a log density there all the same: of a Bernoulli's probability 1.7,
+    of a negative concentration. What is off by a rounding error, or not finite, is let through.
+    """
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not is_statement(node):
+            continue
+        if (found := impossible_parameter(node["fn"])) is None:
+            continue
+        law, parameter, value, needs = found
+        cure = "Map it there, for example by exp or softplus, or give it a prior that stays there."
+        if parameter == "probs":
+            cure = "Pass logits= in place of probs=, or a sigmoid or softmax of it."
+        raise ModelError(
+            f'"{name}" is a {law} with {parameter}={value:.3g} at weights that the prior allows, '
+            f"and {parameter} has to be {needs}. {cure}"
+        )
+
+
+def _at_mirror(model: Model, data: Data, trace: Any) -> Any:
+    """A run at -z: a model that branches on the sign of a site shows it."""
     values = {}
     try:
-        for name, node in drawn.items():
+        for name, node in _latent(trace).items():
             if not node["fn"].support.is_discrete:
                 reach = to_support(node["fn"].support)
                 values[name] = reach(-reach.inv(node["value"].detach()))
         with At(values):
-            return _latent(poutine.trace(model).get_trace(*data.tensors))
+            return poutine.trace(model).get_trace(*data.tensors)
     except Exception:  # -z may be further out than any draw, and the model need not bear that
-        return drawn
+        return trace
 
 
 def _check_same_sites(sites: Sites, run: dict[str, Any]) -> None:

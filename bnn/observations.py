@@ -9,9 +9,12 @@ import torch.distributions as td
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
 
 from bnn.data import Data, shape_of
 from bnn.errors import DataError, DataWarning, ModelError
+
+_ROUNDING = 1e-3  # a parameter so far outside of its range may have been rounded there
 
 
 def check_shape(site: Any, data: Data, frame: Any) -> None:
@@ -108,6 +111,32 @@ def own_mask(fn: Any) -> Tensor | None:
             total = mask if total is None else total & mask
         fn = fn.base_dist
     return total
+
+
+def impossible_parameter(fn: Any) -> tuple[str, str, float, str] | None:
+    """A parameter, as it was given, that lies well outside of what the distribution takes.
+
+    Returns:
+        Names of the distribution and of the parameter, a value, and where it has to lie.
+    """
+    base = innermost(fn)
+    stated = getattr(type(base), "arg_constraints", None)
+    for name, constraint in stated.items() if isinstance(stated, dict) else ():
+        asked = isinstance(getattr(type(base), name, None), lazy_property)
+        value = vars(base).get(name) if asked else getattr(base, name, None)
+        if not isinstance(value, Tensor) or constraints.is_dependent(constraint):
+            continue
+        if isinstance(constraint, type(constraints.simplex)):
+            constraint = constraints.nonnegative  # divided by its sum already
+        while isinstance(constraint, constraints.independent):
+            constraint = constraint.base_constraint
+        if constraint.event_dim:
+            continue
+        inside = [constraint.check(value + off) for off in (0.0, _ROUNDING, -_ROUNDING)]
+        wrong = ~(inside[0] | inside[1] | inside[2]) & value.isfinite()
+        if wrong.any():
+            return type(base).__name__, name, float(value[wrong][0]), str(constraint)
+    return None
 
 
 def is_categorical(fn: Any) -> bool:

@@ -158,8 +158,8 @@ class Prediction(Predictive):
         parts = []
         for rows in pooled.split(step, 1):
             ordered = rows.sort(0).values
-            ends = (ordered[at].to(self.mean.dtype) for at in (low, high))
-            parts.append(torch.lerp(*ends, share))
+            lower, upper = (ordered[at].to(self.mean.dtype) for at in (low, high))
+            parts.append(torch.lerp(lower, upper, share))
         return torch.cat(parts, q.ndim)
 
     def __repr__(self) -> str:

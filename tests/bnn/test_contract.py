@@ -157,6 +157,29 @@ def nan_at_prior(x, y=None):
     observe((f - f.abs() - 1.0).sqrt(), y)
 
 
+def scaled_by(prior: Any) -> Callable[..., None]:
+    """Its scale is below 0 at half of the prior, or at next to none of it."""
+
+    def model(x, y=None):
+        observe(x @ weight(), y, pyro.sample("scale", prior))
+
+    return model
+
+
+def of_signs(likelihood: Callable[[Tensor], Any]) -> Callable[..., None]:
+    signed = linear(likelihood)
+    return lambda x, y=None: signed(x, None if y is None else (y > 0).float())
+
+
+def learns_a_law(law: Callable[[Tensor], Any]) -> Callable[..., None]:
+    def model(x, y=None):
+        weight()
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", law(pyro.sample("shape", dist.Normal(0.0, 1.0))), obs=y)
+
+    return model
+
+
 def observes_a_part(x, y=None):
     f = (x @ weight())[:3]
     with pyro.plate("half", 3):
@@ -311,6 +334,16 @@ BAD_MODELS = {
     "site-comes-rarely": (branches(-0.2), '"w"', "comes and goes", "same sites"),
     "several-observed": (several_observed, "several sites", "low, high", "obs=y"),
     "nan-at-prior": (nan_at_prior, "nan_at_prior", "NaN.*site y", "scales above 0"),
+    "scale-below-0": (
+        scaled_by(dist.Normal(0.0, 1.0)), '"y"', r"Normal with scale=-\d.*has to be", "softplus",
+    ),
+    "probs-of-a-line": (
+        of_signs(lambda f: dist.Bernoulli(probs=f)), '"y"', r"Bernoulli with probs=", "logits=",
+    ),
+    "rate-below-0": (of_signs(dist.Poisson), '"y"', "Poisson with rate=-", "exp"),
+    "shape-below-0": (
+        learns_a_law(lambda shape: dist.StudentT(shape, 0.0, 1.0)), '"y"', "df=-", "softplus",
+    ),
     "observes-a-part": (observes_a_part, '"y"', r"row=6\)", "obs=y"),
     "no-map-to-support": (no_map, '"direction"', "Sphere", "transform"),
     "net-without-prior": (hidden_net, '"hidden_net"', r"\(1, 2\)", "sample_weights"),
@@ -579,6 +612,7 @@ WORKS = {
         linear(lambda f: dist.Normal(f, 1.0).to_event(1), weights=(2, 1)), X, Y[:, None],
     ),
     "no-plate": (linear(plate=False), X, Y),
+    "scale-next-to-never-below-0": (scaled_by(dist.Normal(5.0, 0.5)), X, Y),
     "moved-labels": (
         lambda x, y=None: CLASSES(x, None if y is None else y - 1), X, LABELS + 1,
     ),
