@@ -20,7 +20,8 @@ METHODS: dict[str, Method] = {
     "map": bnn.MAP(),
 }
 HIDDEN = 20
-CLASSES = 20  # a numeric target with more distinct values than this is never taken for labels
+UNNAMED = "Unnamed: 0"  # pandas' name for a first column without one: where it wrote its index
+CLASSES = 20  # text with more different values than this is no label, and no kind of a row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,19 +122,29 @@ class Table:
         frame = frame.replace([np.inf, -np.inf], np.nan)
         if not len(frame[target].dropna()):
             raise bnn.DataError(f'The target "{target}" has no value in any row.')
-        whole = frame.dropna(axis="columns", how="all").dropna()
+        if UNNAMED in frame.columns and target != UNNAMED:
+            if (frame[UNNAMED] == np.arange(len(frame))).all():
+                print("note: the first column has no name and numbers the rows; left out.")
+                frame = frame.drop(columns=UNNAMED)
+        some = frame.dropna(axis="columns", how="all")
+        whole, missing = some.dropna(), some.isna().sum()
+        holes = ", ".join(f'{n} in "{c}"' for c, n in missing[missing > 0].items())
         if lost := len(frame) - len(whole):
-            print(f"note: {lost} of {len(frame)} rows have missing or infinite values; left out.")
+            print(
+                f"note: {lost} of {len(frame)} rows have missing or infinite values ({holes}); "
+                "left out."
+            )
         if len(whole) < 10:
             raise bnn.DataError(
-                f"{len(whole)} rows without missing values; at least 10 are needed."
+                f"{len(whole)} rows without missing values ({holes or 'none is missing'}); at "
+                "least 10 are needed. Drop the columns that miss many."
             )
         y = whole.pop(target)
         text = [c for c in whole.columns if not pandas.api.types.is_numeric_dtype(whole[c])]
         if wide := [c for c in text if whole[c].nunique() > CLASSES]:
             raise bnn.DataError(
-                f"The text columns {wide} have more than {CLASSES} different values. "
-                "Drop or encode them."
+                f"The text columns {wide} have more than {CLASSES} different values. Drop them, or "
+                "write numbers: 1200.5 for 1,200.5 or $1200.50, days for dates."
             )
         if text:
             print(f"note: the text columns {text} become one 0/1 column for each value.")
@@ -150,12 +161,18 @@ class Table:
         if y.nunique() == 1:
             raise bnn.DataError(f'The target "{target}" is the same in every row.')
         self.columns, self.target, self.name = list(self.x.columns), target, name
-        numeric = pandas.api.types.is_numeric_dtype(y) and not pandas.api.types.is_bool_dtype(y)
-        self.labels = [] if numeric else sorted(y.unique().tolist())
-        self.y = y.to_numpy(float) if numeric else np.array([self.labels.index(v) for v in y])
+        number = pandas.api.types.is_numeric_dtype(y) and y.nunique() > 2  # else yes or no
+        self.labels = [] if number else sorted(y.unique().tolist())
+        if number and y.nunique() <= CLASSES:
+            print(
+                f'note: the target "{target}" has {y.nunique()} different values, and is taken for '
+                "a number. Write its values as text for classes."
+            )
+        self.y = y.to_numpy(float) if number else np.array([self.labels.index(v) for v in y])
         if len(self.labels) > CLASSES:
             raise bnn.DataError(
-                f'The target "{target}" is text with {len(self.labels)} values; at most {CLASSES}.'
+                f'The target "{target}" is text with {len(self.labels)} values; classes are at '
+                f"most {CLASSES}. Write numbers as 1200.5, without units or commas."
             )
 
     @classmethod
@@ -168,6 +185,11 @@ class Table:
             raise bnn.DataError("Say which column to predict: --target NAME.")
         try:
             frame = pandas.read_csv(file)
+            if len(frame.columns) == 1 and ";" in frame.columns[0]:
+                raise bnn.DataError(
+                    f"{file} has semicolons between its columns. Write commas, and points in "
+                    "numbers."
+                )
         except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeError) as error:
             raise bnn.DataError(f"{file} cannot be read as a CSV table: {error}") from error
         return cls(frame, target or "target", file.stem)

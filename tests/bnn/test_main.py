@@ -71,9 +71,11 @@ def test_a_numeric_target_is_regressed_on(call, table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labels", [["no", "yes"], ["a", "b", "c"], [False, True]], ids=["two", "three", "bool"]
+    "labels",
+    [["no", "yes"], ["a", "b", "c"], [False, True], [0, 1], [1.0, 2.0]],
+    ids=["two", "three", "bool", "zero-one", "one-two"],
 )
-def test_a_text_target_is_told_apart(call, table, tmp_path, labels):
+def test_a_target_of_text_or_two_values_is_told_apart(call, table, tmp_path, labels):
     kinds = pd.qcut(table["t"], len(labels), labels=False)
     status, out, err = call(table.assign(t=[labels[k] for k in kinds]))
     assert (status, err) == (0, "")
@@ -90,7 +92,8 @@ def test_rows_with_missing_values_are_left_out_and_counted(call, table):
     table.loc[6, "age"] = np.inf
     status, out, _ = call(table.assign(empty=np.nan))
     assert status == 0
-    assert "note: 5 of 40 rows have missing or infinite values" in out
+    told = 'note: 5 of 40 rows have missing or infinite values (4 in "age", 1 in "t"); left out.'
+    assert told in out
     assert "35 rows, 2 inputs" in out
 
 
@@ -99,6 +102,23 @@ def test_text_columns_become_one_column_a_value(call, table):
     assert status == 0
     assert "note: the text columns ['city']" in out
     assert "6 inputs" in out
+
+
+def test_the_index_that_pandas_wrote_is_left_out(call, table):
+    status, out, _ = call(table.reset_index(names=""))
+    assert status == 0
+    assert "note: the first column has no name and numbers the rows" in out
+    assert "2 inputs" in out
+    status, out, _ = call(table.reset_index(names="").assign(**{"": table["age"]}))
+    assert status == 0
+    assert "3 inputs" in out
+
+
+def test_few_different_numbers_are_numbers_and_it_is_said(call, table):
+    status, out, _ = call(table.assign(t=[3, 4, 5, 6] * 10))
+    assert status == 0
+    assert 'note: the target "t" has 4 different values, and is taken for a number' in out
+    assert '"t" (a number)' in out
 
 
 def test_constant_columns_are_left_out(call, table):
@@ -128,7 +148,13 @@ def test_the_seed_decides(call, table, tmp_path):
         (lambda t: t.assign(id=[f"row {i}" for i in range(ROWS)]), [], "t", "['id'] have more"),
         (lambda t: t[["t"]], [], "t", "no column that tells rows apart"),
         (lambda t: t.assign(**{"age": 1, "body mass": 2}), [], "t", "no column that tells"),
-        (lambda t: t[:5], [], "t", "5 rows without missing values; at least 10"),
+        (lambda t: t[:5], [], "t", "5 rows without missing values (none is missing); at least 10"),
+        (
+            lambda t: t.assign(few=[1.0] * 5 + [np.nan] * 35), [], "t",
+            '5 rows without missing values (35 in "few"); at least 10 are needed. Drop the col',
+        ),
+        (lambda t: t.assign(t="$" + t["t"].astype(str)), [], "t", "without units or commas"),
+        (lambda t: b"a;t\n1;2\n", [], "t", "has semicolons between its columns. Write commas"),
         (lambda t: t, ["--test-share", "0.99"], "t", "leaves 0 of 40 rows to fit"),
         (lambda t: b"", [], "t", "cannot be read as a CSV table"),
         (lambda t: b"t,a\n1,2\n1,2,3\n", [], "t", "cannot be read as a CSV table"),
