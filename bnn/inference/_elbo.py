@@ -1,5 +1,6 @@
 """ELBO: the bound of a guide family of ours, what has a closed form exact and the rest sampled."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
 _TRIED = 20  # draws at which a site that is not finite is looked for
 _NUMBERS = 3e8  # and that it computes with: a row may meet a weight many times
 _AT_ONCE = 100_000  # rows x draws in memory together
+_CLOSED = (td.Normal, td.Laplace)  # priors whose mean log density under a Gaussian is known
 Needs = dict[int | str, tuple[Draw, tuple[int, ...]]]
 """The law and the shape of each noise: the family's own by number, what rows draw by name."""
 
@@ -63,7 +65,7 @@ class Bound:
         self.energy, self.family, self.particles = energy, family, particles
         self.rowwise, self.path, self.temperature = rowwise, path, temperature
         known = family.moments() is not None and not path
-        self.exact = _normal_priors(energy, family.independent) if known else set()
+        self.exact = _known_priors(energy, family.independent) if known else set()
         self._asked: dict[Any, Needs] = {}
 
     def __call__(self, batch: tuple[Any, ...], particles: int) -> Tensor:
@@ -188,7 +190,7 @@ class Bound:
         return max(total, 1) / len(few[-1])
 
     def _expected_priors(self) -> dict[str, Callable[[Any], Tensor]]:
-        """E_q[log N(w | loc, scale)] = log N(mean of q | loc, scale) - var of q / (2 scale^2)."""
+        """E_q[log p(w)] of the sites whose prior and whose q have a closed form together."""
         moments = self.family.moments()
         if moments is None or not self.exact:
             return {}
@@ -202,25 +204,36 @@ class Bound:
 
 @dataclass(frozen=True)
 class _Expected:
+    """E_q[log p(w)], q having these moments: of a Normal prior, and of a Laplace if q is Gaussian.
+
+    log N(mean | loc, scale) - variance / (2 scale^2), and -log 2b - E_q|w - loc| / b.
+    """
+
     mean: Tensor
     variance: Tensor
 
     def __call__(self, fn: Any) -> Tensor:
-        base = _normal(fn)
-        at_mean = -0.5 * ((self.mean - base.loc) / base.scale).square() - base.scale.log()
-        each = at_mean - 0.5 * np.log(2 * np.pi) - 0.5 * self.variance / base.scale.square()
+        base = _known(fn)
+        apart = self.mean - base.loc
+        if isinstance(base, td.Normal):
+            each = -0.5 * (apart.square() + self.variance) / base.scale.square()
+            each = each - base.scale.log() - 0.5 * math.log(2 * math.pi)
+        else:
+            unit = apart / (2 * self.variance).sqrt()
+            near = (2 * self.variance / math.pi).sqrt() * (-unit.square()).exp()
+            each = -(2 * base.scale).log() - (near + apart * unit.erf()) / base.scale
         return each.flatten(-fn.event_dim).sum(-1) if fn.event_dim else each
 
 
-def _normal(fn: Any) -> Any:
-    """The Normal inside a site's distribution, or None."""
+def _known(fn: Any) -> Any:
+    """The Normal or Laplace inside a site's distribution, or None."""
     while isinstance(fn, td.Independent):
         fn = fn.base_dist
-    return fn if isinstance(fn, td.Normal) else None
+    return fn if isinstance(fn, _CLOSED) else None
 
 
-def _normal_priors(energy: Energy, independent: bool) -> set[str]:
-    """Sites whose prior is Normal, with parameters that q leaves alone.
+def _known_priors(energy: Energy, independent: bool) -> set[str]:
+    """Sites whose prior is Normal or Laplace, with parameters that q leaves alone.
 
     Under a q that correlates sites the parameters must be the same at every prior draw.
     """
@@ -228,7 +241,7 @@ def _normal_priors(energy: Energy, independent: bool) -> set[str]:
     for number in range(2):
         with seeded(np.random.SeedSequence(number)), torch.no_grad():
             trace: Any = poutine.trace(energy.model).get_trace(*energy.data.tensors)
-        runs.append({s.name: _normal(trace.nodes[s.name]["fn"]) for s in energy.slots})
+        runs.append({s.name: _known(trace.nodes[s.name]["fn"]) for s in energy.slots})
     first, second = runs
     return {
         name

@@ -58,7 +58,7 @@ def shapes_only(monkeypatch):
     """What looks at numbers, which "meta" has not."""
     monkeypatch.setattr(torch, "normal", lambda loc, scale: loc + scale)
     monkeypatch.setattr(data, "_check_finite", lambda *args: None)
-    monkeypatch.setattr(_elbo, "_normal_priors", lambda *args: set())
+    monkeypatch.setattr(_elbo, "_known_priors", lambda *args: set())
 
 
 @pytest.mark.usefixtures("shapes_only")

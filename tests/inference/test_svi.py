@@ -129,6 +129,33 @@ def test_analytic_kl_has_less_noise_than_sampling(regression):
     )  # sd of the likelihood about 130
 
 
+@pytest.mark.parametrize(("loc", "scale"), [(0.5, 0.3), (0.0, 0.02), (-4.0, 1.0)])
+def test_the_kl_to_a_laplace_prior_is_exact(loc, scale):
+    """Of one weight at x = 0 the ELBO is log N(0 | 0, 1) - KL(N(loc, scale^2) || Laplace(1, b))."""
+    from bnn.inference._elbo import Bound
+    from bnn.inference._energy import Energy
+    from bnn.inference._guide import Normal
+
+    b = 0.7
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Laplace(1.0, b).expand([1]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    zeros = torch.zeros(1, 1), torch.zeros(1)
+    data, sites = contract.check(model, arguments.read(model, zeros))
+    family = Normal(torch.tensor([loc]), torch.tensor([scale]))
+    bound = Bound(Energy(model, data, sites), family, sites)
+    assert bound.exact == {"w"}
+    with pyro.validation_enabled(False):
+        got = float(bound(data.tensors, 1))
+    w = torch.linspace(loc - 12 * scale, loc + 12 * scale, 200_001, dtype=torch.float64)
+    log_q, log_p = dist.Normal(loc, scale).log_prob(w), dist.Laplace(1.0, b).log_prob(w)
+    kl = float(torch.trapezoid(log_q.exp() * (log_q - log_p), w))
+    assert got == pytest.approx(-0.5 * math.log(2 * math.pi) - kl, abs=1e-5)
+
+
 @pytest.mark.parametrize(("loc", "scale"), [(0.5, 0.3), (0.0, 0.02)])
 def test_the_kl_to_a_scale_mixture_is_sampled(loc, scale):
     """One weight at x = 0, so that the ELBO is log N(0 | 0, 1) - KL; the KL by quadrature."""
@@ -190,14 +217,14 @@ def test_priors_with_latent_scale_are_exact_under_mean_field_only():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(w * x, 1.0), obs=y)
 
-    from bnn.inference._elbo import _normal_priors
+    from bnn.inference._elbo import _known_priors
     from bnn.inference._energy import Energy
 
     x = torch.ones(4)
     data, sites = contract.check(model, arguments.read(model, (x, x)))
     energy = Energy(model, data, sites)
-    assert _normal_priors(energy, independent=True) == {"w"}
-    assert _normal_priors(energy, independent=False) == set()
+    assert _known_priors(energy, independent=True) == {"w"}
+    assert _known_priors(energy, independent=False) == set()
 
 
 def test_trainable_leftovers_are_fitted_and_given_back(regression):
