@@ -41,6 +41,17 @@ def call_of(model: Model, data: Data) -> str:
     )
 
 
+def input_call(model: Model, inputs: int) -> str:
+    """What to say where the model takes another number of inputs than it was given."""
+    names = _signature(model)
+    if not names or len(names) == inputs + 1:
+        return ""
+    return (
+        f"It takes {', '.join(names)}, the last being the observations: call "
+        f"prior_predictive({', '.join(['model', *names[:-1]])})."
+    )
+
+
 def read(
     model: Model,
     args: tuple[Any, ...],

@@ -227,6 +227,11 @@ def told(model: Model, data: Data) -> Iterator[None]:
         cure = (
             isinstance(error, TypeError) and "positional argument" in first and call_of(model, data)
         )
+        if cure and isinstance(model, torch.nn.Module):
+            cure = (
+                "A net is no model yet: bnn.models.supervised(net, "
+                "bnn.models.likelihoods.Gaussian()) makes one of it."
+            )
         cure = cure or "Run it once by hand on the data to see where."
         if "Multiple sample sites named" in first:
             cure = "Give every site a name of its own, and open the data plate once."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from bnn import processes
 from bnn.errors import CheckpointError, DataError
@@ -377,14 +377,21 @@ def _array(arg: Any, name: str) -> np.ndarray:
             if not (hasattr(dtype, "kind") and dtype.kind in "biuf"):
                 raise DataError(
                     f'Column "{column}" of "{name}" holds {dtype}, not numbers. '
-                    f"Encode it, for example with pandas.get_dummies, or drop it."
+                    "Encode it, for example with pandas.get_dummies (pandas.to_numeric, where it "
+                    "holds numbers as text), or drop it."
                 )
         return arg.to_numpy(dtype=float, na_value=np.nan)
     try:
         array = np.asarray(arg)
     except ValueError as error:
+        cure = "Pass rows of equal length."
+        if isinstance(arg, Dataset):
+            cure = "Pass its arrays one by one, or a DataLoader of it."
+        elif isinstance(arg, list | tuple) and any(getattr(each, "ndim", 0) for each in arg):
+            cure = "Pass its arrays one by one: fit(model, x, y)."
         raise DataError(
-            f'"{name}" cannot become an array: {error}. Pass rows of equal length.'
+            f'"{name}" is a {type(arg).__name__} that cannot become an array: '
+            f"{str(error).rstrip('.')}. {cure}"
         ) from error
     if array.dtype == object:  # pandas' nullable columns, lists with None
         try:

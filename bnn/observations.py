@@ -53,7 +53,9 @@ def check_shape(site: Any, data: Data, frame: Any) -> None:
     if not stated:
         cure = f'Put it in a plate: with pyro.plate("data", len({data.names[0]})).'
     elif len(found) == 2 and found[1] == 1:
-        cure = f"Pass {data.names[-1]}[:, 0], or keep the last axis of f and use .to_event(1)."
+        column = data.columns.get(data.names[-1])
+        first = f'["{column[0]}"]' if column else "[:, 0]"
+        cure = f"Pass {data.names[-1]}{first}, or keep the last axis of f and use .to_event(1)."
     elif is_categorical(fn) and len(found) == len(stated) + 1:
         cure = f"Pass class indices in place of one-hot rows: {data.names[-1]}.argmax(-1)."
     elif len(stated) == 2 and len(found) == 1 and stated[0] == found[0]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from bnn import contract
-from bnn.arguments import argument_names
+from bnn.arguments import argument_names, input_call
 from bnn.data import tensors
+from bnn.errors import ModelError
 from bnn.handlers import Capture, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
@@ -47,7 +48,10 @@ def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0
     seed_sequence(seed)
     names = argument_names(model, len(inputs))
     made = tensors(inputs, names)
-    sites = contract.check_prior(model, made, names)
+    try:
+        sites = contract.check_prior(model, made, names)
+    except ModelError as error:
+        raise ModelError(f"{error} {input_call(model, len(inputs))}".strip()) from error
     require_every_row(sites)
     prediction = prior_draws(model, made, sites, draws, seed)[1]
     assert prediction is not None

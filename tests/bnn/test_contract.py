@@ -310,6 +310,10 @@ BAD_DATA = {
         REGRESSION, FRAME.assign(sex=list("mfmfmf")), Y, '"sex" of "x"', "not numbers", "dummies",
     ),
     "dates": (REGRESSION, np.zeros(N, "datetime64[D]"), Y, '"x"', "datetime64", "Encode"),
+    "numbers-as-text": (REGRESSION, FRAME.astype(str), Y, '"age"', "str|object", "to_numeric"),
+    "frame-of-y": (
+        REGRESSION, X, pd.DataFrame({"price": Y.numpy()}), '"y"', "column=1", r'y\["price"\]',
+    ),
     "ragged": (REGRESSION, [[1.0, 2.0], [3.0]], Y, '"x"', "inhomogeneous", "equal length"),
     "a-dict": (REGRESSION, {"a": X}, Y, '"x"', "dict", "Pass an array"),
     "nothing-observed": (REGRESSION, X, None, '"y"', "None", "entry a row"),
@@ -350,6 +354,7 @@ BAD_MODELS = {
     "net-beside-a-param": (
         hidden_net_beside_a_param, "beside_a_param", r"\(1, 2\)", "requires_grad_",
     ),
+    "a-net": (net, '"Linear"', "takes 2 positional", r"supervised\(net"),
     "too-few-arguments": (needs_three, "x, z, y", "2 were given", r"fit\(model, x, z, y\)"),
     "raises": (unsupported_stop, "unsupported_stop", "RuntimeError: the oven is off", "by hand"),
     "plate-too-large": (linear(size=7), r"plate\('data'\)", "7 vs 6", r"len\(x\)"),
@@ -518,6 +523,20 @@ BAD_ARGUMENTS = {
 )
 def test_bad_argument(method, given, error, found, cure):
     refuses(lambda: bnn.fit(REGRESSION, X, Y, **{"method": method, **given}), error, found, cure)
+
+
+PACKED = {
+    "tuple": ((X, Y), "tuple"),
+    "list-of-a-batch": ([(X, Y)], "list"),
+    "dataset": (TensorDataset(X, Y), "TensorDataset"),
+}
+
+
+@EVERY
+@pytest.mark.parametrize(("packed", "kind"), PACKED.values(), ids=PACKED)
+def test_packed_data(method, packed, kind):
+    says = f'"x" is a {kind} that cannot', "(one by one|equal length)"
+    refuses(lambda: bnn.fit(REGRESSION, packed, method=method), DataError, *says)
 
 
 @EVERY
