@@ -218,6 +218,7 @@ def told(model: Model, data: Data) -> Iterator[None]:
         f"{n} {shape_of(t)} {str(t.dtype).removeprefix('torch.')}"
         for n, t in zip(data.names, data.tensors, strict=True)
     )
+    shapes = shapes or "nothing"
     try:
         yield
     except (ModelError, DataError):

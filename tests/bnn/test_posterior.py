@@ -385,6 +385,46 @@ def test_import_adds_less_than_a_third_of_a_second():
     assert min(times) < 0.3
 
 
+AGAIN = """
+    import hashlib, warnings, bnn, pyro, torch
+    import pyro.distributions as dist
+
+    def model(x, y=None):
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, sigma), obs=y)
+
+    x = torch.linspace(-1, 1, 20).reshape(10, 2).sin()
+    digest = hashlib.sha256()
+    for method in (
+        bnn.SVI(steps=100, batch_size=5, draws=10),
+        bnn.MAP(steps=50, restarts=2, draws=2),
+        bnn.NUTS(chains=2, warmup=30, draws=10),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            posterior = bnn.fit(model, x, x[:, 0], method=method, seed=3)
+        for values in (posterior.draws["w"], posterior.draws["sigma"], posterior.predict(x).y):
+            digest.update(values.numpy().tobytes())
+    digest = digest.hexdigest()
+"""
+
+
+def test_the_same_seed_gives_the_same_bits_after_a_restart():
+    """Here, where much has run, and in a process that has done nothing else."""
+    program, here = textwrap.dedent(AGAIN), {"__name__": "here"}
+    exec(program, here)
+    out = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.manual_seed(5)\n{program}\nprint(digest)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )
+    assert out.stdout.strip() == here["digest"]
+
+
 @pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
 @pytest.mark.parametrize(
     "method", [SHORT, bnn.MAP(steps=50), bnn.NUTS(chains=2, warmup=50, draws=20)]

@@ -391,3 +391,18 @@ def test_a_net_inside_a_guide_stays_the_callers(regression):
     fits = [bnn.fit(regression.model, regression.x, regression.y, method=method) for _ in range(2)]
     assert torch.equal(net.weight, before)
     assert torch.equal(fits[0].draws["w"], fits[1].draws["w"])
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "shown"),
+    [(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_the_bar_tells_the_elbo_on_a_terminal_and_is_silent_elsewhere(
+    regression, monkeypatch, capsys, terminal, progress, shown
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    method = bnn.SVI(steps=300, schedule="constant", draws=5)
+    bnn.fit(regression.model, regression.x, regression.y, method=method, progress=progress)
+    text = "".join(capsys.readouterr())
+    assert ("ELBO" in text) == shown
+    assert bool(text) == shown
