@@ -117,6 +117,7 @@ METHODS = {
     "NUTS, defaults": Entry("NUTS"),
     "MCLMC": Entry("MCLMC"),
     "SGHMC": Entry("SGHMC"),
+    "SGLD": Entry("SGLD"),
     "SVI, normal": Entry("SVI"),
     "SVI, low_rank": Entry("SVI", {"guide": "low_rank"}),
     "SVI, full_rank": Entry("SVI", {"guide": "full_rank"}),

@@ -3,6 +3,8 @@ import torch
 
 from tests.exact import Regression
 
+collect_ignore = ["bnn/over_mpi.py"]  # a program that a test starts under MPI
+
 torch.set_num_threads(1)  # small problems, and several test processes on few cores
 
 
