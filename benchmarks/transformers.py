@@ -156,6 +156,7 @@ class Entry:
 
         given = {name: max(int(share * steps), 1) for name, share in self.steps.items()}
         common = {"batch_size": BATCH, "schedule": "cosine", "learning_rate": 0.005, "draws": 50}
+        common["annealing"] = 0.3
         if self.name == "DeepEnsemble":
             del common["draws"]
         return getattr(bnn, self.name)(**common | given | dict(self.settings))

@@ -161,19 +161,19 @@ def require_rows(energy: Energy, what: str) -> None:
 def train(
     method: Ensemble,
     energy: Energy,
-    one: Callable[..., Tensor],
+    one: Callable[..., tuple[Tensor, Tensor]],
     *,
     seed: np.random.SeedSequence,
     progress: bool,
     rows: Mapping[str, Tensor] | None = None,
     whole: Mapping[str, Tensor] | None = None,
 ) -> Posterior:
-    """Brings every member, from a draw of the prior of its own, to an optimum of `one`.
+    """Brings every member, from a draw of the prior of its own, to an optimum.
 
     Args:
         method: the settings.
         energy: the model and its data.
-        one: objective of a member, see `Members`.
+        one: log likelihood and log prior of a member, see `Members`.
         seed: of starting points and minibatches.
         progress: show a bar.
         rows: what members have for each row, (member, row, *).

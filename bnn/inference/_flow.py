@@ -271,7 +271,8 @@ class Balance:
         gaps = torch.cat(gaps)
         lost = gaps.square().mean(0) if self.squared else gaps.var(0)
         learned = first.log_p if flow.masking.apart else torch.zeros(())
-        return first.likelihood + first.prior + (learned - lost).sum() / flow.share(batch)
+        joint = first.likelihood + weight * first.prior
+        return joint + (learned - lost).sum() / flow.share(batch)
 
 
 def program(model: Model, params: Tensors, masking: Masking) -> Model:

@@ -112,7 +112,6 @@ def fit_foreign(
             what="SVI",
             label="ELBO",
             progress=progress,
-            settle=method.annealing,
             epoch=None if sites.subsampled else data.epoch(method.batch_size),
         )
         with torch.no_grad():

@@ -261,14 +261,14 @@ class Masked:
                     shapes[f"prior: {name}"] = (inputs,)
         return shapes
 
-    def log_joint(
+    def terms(
         self,
         z: Tensor,
         batch: tuple[Any, ...],
         factors: Mapping[str, Tensor],
         odds: Mapping[str, Any],
-    ) -> Tensor:
-        """Log p(data | W) + E[log p(W)] at masks; the second exact where the prior is Normal.
+    ) -> tuple[Tensor, Tensor]:
+        """Log p(data | W) and E[log p(W)] at masks; the second exact where the prior is Normal.
 
         Args:
             z: flat vector of M and of the other sites, (size,).
@@ -298,8 +298,7 @@ class Masked:
             slots = self.energy.slots
             z = torch.cat([tied.get(s.name, z[s.span]).reshape(-1) for s in slots])
         with Rewired(rules) if rules else nullcontext(), Dropping(own):
-            likelihood, prior = self.energy.terms(z, batch, jacobian=False, elsewhere=elsewhere)
-        return likelihood + prior
+            return self.energy.terms(z, batch, jacobian=False, elsewhere=elsewhere)
 
     def draws(self, z: Tensor, rates: Mapping[str, float], count: int) -> Tensors:
         """Draws (1, draw, *site): masked weights, masks of the net's own, the rest as it is."""

@@ -29,7 +29,7 @@ class Members:
     Args:
         count: members.
         energy: the log joint.
-        one: objective of one member at its flat vector and a batch, larger is better. It is given
+        one: log likelihood and log prior of one member at its flat vector and a batch. It is given
             its tensors of `rows` and `whole` by name.
         data: the rows.
         batch_size: rows in a minibatch of one member; None takes all rows.
@@ -42,7 +42,7 @@ class Members:
         self,
         count: int,
         energy: Energy,
-        one: Callable[..., Tensor],
+        one: Callable[..., tuple[Tensor, Tensor]],
         data: Data,
         batch_size: int | None,
         rows: Mapping[str, Tensor] | None = None,
@@ -68,16 +68,22 @@ class Members:
         names = [*self.rows, *self.whole]
         if self.axis is None:
             own = (*rows, *(each[0] for each in self.whole.values()))
-            return self.one(tensors["mode"], args, **dict(zip(names, own, strict=True)))
+            likelihood, prior = self.one(
+                tensors["mode"], args, **dict(zip(names, own, strict=True))
+            )
+            return likelihood + weight * prior
         shared = () if self.own else args
 
-        def one(z: Tensor, *rest: Tensor) -> Tensor:
+        def one(z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
             split = len(rest) - len(names)
             own = dict(zip(names, rest[split:], strict=True))
             return self.one(z, (*shared, *rest[:split]), **own)
 
         each = args if self.own else ()
-        return self.energy.batched(one, tensors["mode"], *each, *rows, *self.whole.values())
+        likelihood, prior = self.energy.batched(
+            one, tensors["mode"], *each, *rows, *self.whole.values()
+        )
+        return likelihood + weight * prior
 
     def culprit(
         self, tensors: Mapping[str, Tensor], batch: tuple[Any, ...], member: int

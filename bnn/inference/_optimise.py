@@ -53,6 +53,9 @@ class Optimised(Method):
             plate, that their noise hides a slow rise;
             "cosine" brings it to 0 over `steps`; "constant" keeps it; or a callable of the step
             that gives the factor.
+        annealing: steps over which the weight of all but the likelihood (the prior, the KL, the
+            entropy) rises from 0 to 1; below 1 their share of `steps`. Without it a deep net, whose
+            first gradients say little, can be drawn into the prior's own mode and stay there.
         goes_on: True for a method whose fit climbs on from there, and judges by itself.
     """
 
@@ -62,10 +65,16 @@ class Optimised(Method):
     learning_rate: float = 0.02
     batch_size: int | None = None
     schedule: Schedule = "plateau"
+    annealing: float = 0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_count(name, steps=self.steps)
+        if not 0 <= self.annealing < self.steps:
+            raise ValueError(
+                f"{name}(annealing={self.annealing}, steps={self.steps}): the weight of the prior "
+                "must reach 1 before the end. Pass a share of the steps, below 1, or fewer of them."
+            )
         check_positive(name, learning_rate=self.learning_rate)
         if self.batch_size is not None:
             check_count(name, batch_size=self.batch_size)
@@ -85,9 +94,9 @@ class Optimised(Method):
         return at_fit(posterior)
 
 
-def settling(settings: Optimised) -> int:
-    """Steps over which a method that anneals does so; a setting below 1 is their share."""
-    annealing = getattr(settings, "annealing", 0)
+def settling(settings: "Optimised | Ascent") -> int:
+    """Steps of the annealing; a setting below 1 is their share."""
+    annealing = settings.annealing
     return round(annealing * settings.steps) if annealing < 1 else round(annealing)
 
 
@@ -131,6 +140,7 @@ class Ascent:
     steps: int
     learning_rate: float = 0.02
     schedule: Schedule = "cosine"
+    annealing: float = 0
 
 
 def maximise(
@@ -144,7 +154,6 @@ def maximise(
     progress: bool,
     noise: Callable[[tuple[Any, ...]], tuple[Tensor, ...]] = lambda batch: (),
     members: int | None = None,
-    settle: int = 0,
     epoch: int | None = 1,
     seed: np.random.SeedSequence | None = None,
     watch: Snapshots | None = None,
@@ -163,13 +172,13 @@ def maximise(
         objective: see `bnn.inference._step.Objective`.
         tensors: leaves to optimise, by name; (member, *) each where there are members.
         batches: endless; `Batches`, or others, which are gone through again where a fit goes on.
-        settings: steps, learning rate, schedule.
+        settings: steps, learning rate, schedule, and the annealing of the weight that the objective
+            is given.
         what: name of the method, for the bar and for messages.
         label: name of the objective, for the bar.
         progress: show the bar.
         noise: draws what the objective takes as noise, of a batch; see `Step`.
         members: parameter sets that step together; None where the objective is one number.
-        settle: steps over which the weight that the objective is given rises to 1 (annealing).
         epoch: steps in one pass over the rows. The mean over a pass is free of the noise of the
             choice of rows; None where there is no such pass, and the budget alone ends the stages.
         seed: of the check of a compiled step; None where the objective is more than a function of
@@ -185,6 +194,7 @@ def maximise(
     """
     given = batches
     batches = given if isinstance(given, Batches) else Batches(lambda: given, ())
+    settle = settling(settings)
     trained = {name: leaf.requires_grad for name, leaf in tensors.items()}
     # Pyro may register one tensor under two names; it takes one step.
     unique = {id(leaf): name for name, leaf in reversed(list(tensors.items()))}.values()

@@ -182,7 +182,7 @@ def draw(
     if data.loader is not None or sites.subsampled or method.batch_size is not None:
         require_minibatches(sites, name)
     energy = Energy(model, data, sites)
-    members = Members(method.chains, energy, energy.log_joint, data, method.batch_size)
+    members = Members(method.chains, energy, energy.terms, data, method.batch_size)
     starts = energy.initial(method.chains, branch(seed, 0))
     z = starts[0] if members.axis is None else starts  # (chain, size), or (size,) of a single one
     batches = members.batches(branch(seed, 1))

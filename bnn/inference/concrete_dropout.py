@@ -32,7 +32,7 @@ from bnn.handlers import branch, constrained_parameters, generator, parameters, 
 from bnn.inference._energy import Energy
 from bnn.inference._masks import Masked, check_rates, find, hard
 from bnn.inference._optimise import Optimised, maximise
-from bnn.method import Model, check_count, check_positive
+from bnn.method import Model, Tensors, check_count, check_positive
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_continuous, require_minibatches
 
@@ -114,7 +114,8 @@ class ConcreteDropout(Optimised):
             weight: Tensor,
             noise: tuple[Tensor, ...],
         ) -> Tensor:
-            return bound(tensors["mode"], logits(tensors), batch, noise)
+            likelihood, rest = bound(tensors["mode"], logits(tensors), batch, noise)
+            return likelihood + weight * rest
 
         with parameters(model, data.tensors) as leftovers, seeded(branch(seed, 2)):
             (history,) = maximise(
@@ -150,7 +151,7 @@ class ConcreteDropout(Optimised):
 
 
 class _Bound:
-    """The objective, at relaxed masks, and its value at masks of 0 and 1."""
+    """The objective's likelihood and the rest, at relaxed masks; its value at masks of 0 and 1."""
 
     def __init__(self, masked: Masked, temperature: float):
         self.masked, self.temperature = masked, temperature
@@ -161,12 +162,8 @@ class _Bound:
         return tuple(torch.rand(s).clamp(1e-7, 1 - 1e-7).logit() for s in shapes)
 
     def __call__(
-        self,
-        z: Tensor,
-        logits: Mapping[str, Tensor],
-        batch: tuple[Tensor, ...],
-        noise: tuple[Tensor, ...],
-    ) -> Tensor:
+        self, z: Tensor, logits: Tensors, batch: tuple[Tensor, ...], noise: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
         factors = {}
         for name, each in zip(self.masked.shapes(len(batch[-1])), noise, strict=True):
             logit = logits[name.removeprefix("prior: ")]
@@ -175,20 +172,17 @@ class _Bound:
         return self._at(z, logits, batch, factors)
 
     def _at(
-        self,
-        z: Tensor,
-        logits: Mapping[str, Tensor],
-        batch: tuple[Tensor, ...],
-        factors: Mapping[str, Tensor],
-    ) -> Tensor:
+        self, z: Tensor, logits: Tensors, batch: tuple[Tensor, ...], factors: Tensors
+    ) -> tuple[Tensor, Tensor]:
         odds = {name: logit.exp() for name, logit in logits.items()}
         entropies = [
             self.masked.places[name].map.inputs * (softplus(logit) - logit.sigmoid() * logit)
             for name, logit in logits.items()
         ]
-        return self.masked.log_joint(z, batch, factors, odds) + torch.stack(entropies).sum()
+        likelihood, prior = self.masked.terms(z, batch, factors, odds)
+        return likelihood, prior + torch.stack(entropies).sum()
 
-    def value(self, z: Tensor, logits: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> float:
+    def value(self, z: Tensor, logits: Tensors, batch: tuple[Tensor, ...]) -> float:
         """Of all rows, from many masks of 0 and 1."""
         shapes = self.masked.shapes(len(batch[-1]))
         rates = {name: float(logit.sigmoid()) for name, logit in logits.items()}
@@ -196,5 +190,5 @@ class _Bound:
         total = 0.0
         for _ in range(count):
             factors = {k: hard(s, rates[k.removeprefix("prior: ")]) for k, s in shapes.items()}
-            total += float(self._at(z, logits, batch, factors))
+            total += float(sum(self._at(z, logits, batch, factors)))
         return total / count

@@ -85,17 +85,19 @@ class DeepEnsemble(Ensemble):
             require_rows(energy, f"A weight of bootstrap={self.bootstrap!r}")
         reach = _reach(data, sites, self.adversarial) if self.adversarial else []
 
-        def log_joint(z: Tensor, args: Sequence[Any], weights: Tensor | None = None) -> Tensor:
+        def one(
+            z: Tensor, args: Sequence[Any], weights: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
             terms = lambda z, args: energy.terms(z, args, jacobian=False, weights=weights)
             likelihood, prior = terms(z, args)
             if reach:
                 at = lambda *moved: terms(z.detach(), moved)[0]
                 moved = against(at, args, reach)
                 likelihood = 0.5 * (likelihood + terms(z, moved)[0])
-            return likelihood + prior
+            return likelihood, prior
 
         weights = bootstrap(self.bootstrap, self.members, data.rows, branch(seed, 5))
-        return train(self, energy, log_joint, seed=seed, progress=progress, rows=weights)
+        return train(self, energy, one, seed=seed, progress=progress, rows=weights)
 
 
 def _reach(data: Data, sites: Sites, fraction: float) -> list[Tensor | None]:

@@ -36,7 +36,7 @@ from bnn.inference._attention import Attended, Rule, layers, of_attention
 from bnn.inference._elbo import Bound
 from bnn.inference._energy import Energy
 from bnn.inference._guide import FAMILIES
-from bnn.inference._optimise import Optimised, maximise, settling
+from bnn.inference._optimise import Optimised, maximise
 from bnn.method import Model, Tensors, check_count, check_positive
 from bnn.posterior import Posterior
 from bnn.sites import Sites, require_continuous, require_minibatches
@@ -62,8 +62,6 @@ class DirichletAttention(Optimised):
         prior: "scores"; "uniform"; "contextual", by a net of each head with 10 ReLU units; None
             takes the Dirichlet that the model states, and "scores" where it states none.
         prior_concentration: k, the total over keys; None learns one for each layer.
-        annealing: steps over which the weight of the KL and of the prior rises from 0 to 1; below
-            1, the share of `steps`.
         weights: q of the other sites: "point", the mode, or "normal", as in `bnn.SVI`.
         draws: that the posterior keeps.
 
@@ -108,11 +106,6 @@ class DirichletAttention(Optimised):
             )
         given = {k: getattr(self, k) for k in ("sharpness", "prior_concentration")}
         check_positive("DirichletAttention", **{k: v for k, v in given.items() if v is not None})
-        if not 0 <= self.annealing < self.steps:
-            raise ValueError(
-                f"DirichletAttention(annealing={self.annealing}, steps={self.steps}): the weight "
-                "of the KL must reach 1 before the end. Pass a share of the steps, below 1."
-            )
 
     @property
     def _rule(self) -> Rule:
@@ -154,7 +147,6 @@ class DirichletAttention(Optimised):
                 label="ELBO",
                 progress=progress,
                 noise=bound.noise,
-                settle=settling(self),
                 epoch=None if sites.subsampled else data.epoch(self.batch_size),
                 seed=None if leftovers or sites.subsampled else branch(seed, 5),
             )

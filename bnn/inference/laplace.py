@@ -131,7 +131,7 @@ class Laplace(Optimised):
         whole = len(free) == len(energy.slots)
         joint = Joint(energy, data, self.batch_size, starts[0], free)
         check_memory(joint, self.structure, self.memory)
-        members = Members(self.restarts, energy, energy.log_joint, data, self.batch_size)
+        members = Members(self.restarts, energy, energy.terms, data, self.batch_size)
         with seeded(branch(seed, 2)), parameters(model, data.tensors) as leftovers:
             if self.hessian == "ggn":
                 check_held(joint, joint.start)

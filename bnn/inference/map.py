@@ -11,6 +11,7 @@ of a model with latent scales can sit where hardly any mass is (funnels, horsesh
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -69,8 +70,8 @@ class MAP(Optimised):
         if minibatch:
             require_minibatches(sites, "MAP")
         energy = Energy(model, data, sites)
-        log_joint = lambda z, batch: energy.log_joint(z, batch, jacobian=False)
-        members = Members(self.restarts, energy, log_joint, data, self.batch_size)
+        terms = partial(energy.terms, jacobian=False)
+        members = Members(self.restarts, energy, terms, data, self.batch_size)
         starts = energy.initial(self.restarts, branch(seed, 0))
         modes = starts[0] if members.axis is None else starts
         with seeded(branch(seed, 2)), parameters(model, data.tensors) as leftovers:

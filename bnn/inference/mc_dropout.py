@@ -106,7 +106,8 @@ class MCDropout(Optimised):
             noise: tuple[Tensor, ...],
         ) -> Tensor:
             factors = dict(zip(masked.shapes(len(batch[-1])), noise, strict=True))
-            return masked.log_joint(tensors["mode"], batch, factors, odds)
+            likelihood, prior = masked.terms(tensors["mode"], batch, factors, odds)
+            return likelihood + weight * prior
 
         with parameters(model, data.tensors) as leftovers, seeded(branch(seed, 2)):
             (history,) = maximise(

@@ -127,7 +127,7 @@ class RandomizedPriors(Ensemble):
                 rows |= {"p": energy.batched(lambda z: p_at(z, data.tensors), drawn)}
             whole = {}
 
-        def log_joint(z: Tensor, args: Sequence[Any], **own: Tensor) -> Tensor:
+        def one(z: Tensor, args: Sequence[Any], **own: Tensor) -> tuple[Tensor, Tensor]:
             if "targets" in own:
                 args = (*args[:-1], own["targets"])
             terms = partial(energy.terms, z, args, jacobian=False, weights=own.get("weights"))
@@ -135,15 +135,11 @@ class RandomizedPriors(Ensemble):
                 anchor = energy.values(own["drawn"])
                 anchor = {s.name: anchor[s.name] for s in energy.slots if s.real}
                 moved = about_anchor(energy.values(z), anchor, self.scale)
-                likelihood, prior = terms(elsewhere=moved)
-            else:
-                with self._added(own["p"] if "p" in own else p_at(own.get("drawn", z), args)):
-                    likelihood, prior = terms()
-            return likelihood + prior
+                return terms(elsewhere=moved)
+            with self._added(own["p"] if "p" in own else p_at(own.get("drawn", z), args)):
+                return terms()
 
-        posterior = train(
-            self, energy, log_joint, seed=seed, progress=progress, rows=rows, whole=whole
-        )
+        posterior = train(self, energy, one, seed=seed, progress=progress, rows=rows, whole=whole)
         if self.anchored or self.prior is not None:
             return posterior
         stated = contract.latent_sites(self.program(model, {}), data, sites)

@@ -70,7 +70,6 @@ class SVI(Optimised):
             for guides that come close to the posterior; all of the KL is sampled then.
         temperature: T, see above; warned of. `Posterior.elbo` is that of q at T = 1 (None where
             rows come in minibatches that the data or the model draw), `history` at T.
-        annealing: steps over which the weight of KL(q || p) rises from 0 to 1.
         draws: draws of q that the posterior keeps.
 
     References:
@@ -91,19 +90,11 @@ class SVI(Optimised):
     estimator: str = "reparameterization"
     particles: int = 1
     temperature: float = 1.0
-    annealing: int = 0
     draws: int = 1_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("SVI", particles=self.particles, draws=self.draws)
-        if self.annealing != 0:
-            check_count("SVI", annealing=self.annealing)
-        if self.annealing >= self.steps:
-            raise ValueError(
-                f"SVI(annealing={self.annealing}, steps={self.steps}): the weight of the KL must "
-                "reach 1 before the end."
-            )
         if not callable(self.guide) and self.guide not in FAMILIES:
             raise ValueError(
                 f"SVI(guide={self.guide!r}): known are {', '.join(map(repr, FAMILIES))}, an "
@@ -176,7 +167,6 @@ class SVI(Optimised):
                     progress=progress,
                     noise=bound.noise,
                     culprit=bound.culprit,
-                    settle=self.annealing,
                     epoch=None if sites.subsampled else data.epoch(self.batch_size),
                     seed=None if leftovers or sites.subsampled else branch(seed, 4),
                 )

@@ -137,7 +137,7 @@ class SWAG(Optimised):
                 f"has none. Pass batch_size below {data.rows}."
             )
         energy = Energy(model, data, sites)
-        members = Members(self.restarts, energy, energy.log_joint, data, self.batch_size)
+        members = Members(self.restarts, energy, energy.terms, data, self.batch_size)
         starts = energy.initial(self.restarts, branch(seed, 0))
         z = starts[0] if members.axis is None else starts  # (restart, size), or (size,) of one
         with parameters(model, data.tensors) as leftovers:
@@ -157,7 +157,7 @@ class SWAG(Optimised):
                     seed=branch(seed, 3) if plain else None,
                 )
             if not sites.subsampled:
-                members = Members(self.restarts, energy, energy.log_joint, data, size)
+                members = Members(self.restarts, energy, energy.terms, data, size)
             with seeded(branch(seed, 4)):
                 cloud, temperature = collect(
                     members,

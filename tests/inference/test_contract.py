@@ -126,6 +126,21 @@ def posterior(fits, name):
     return fits[name]
 
 
+ANNEALED = [name for name, method in METHODS.items() if hasattr(method, "annealing")]
+
+
+@pytest.mark.parametrize("name", ANNEALED)
+def test_annealing_weighs_all_but_the_likelihood(data, name):
+    """The first step's objective is linear in the weight: 1, a half, a fifth."""
+    steps = 50 if "swag" in name else 20
+    runs = [_fit(data, name, steps=steps, annealing=each).history[0] for each in (0, 1, 4)]
+    full, half, fifth = (float(each) for each in runs)
+    assert abs(full - half) > 0.5
+    rounding = 4e-7 * abs(full)  # of float32, in the differences
+    slopes = (full - half) / 0.5, (full - fifth) / 0.8
+    assert math.isclose(*slopes, rel_tol=1e-3, abs_tol=rounding)
+
+
 def test_draws_are_of_the_global_sites_inside_their_support(posterior):
     assert isinstance(posterior, bnn.Posterior)
     assert [k for k in posterior.draws if k in posterior.sites.latent] == ["net.weight", "sigma"]

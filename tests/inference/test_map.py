@@ -2,6 +2,7 @@ import math
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
 import bnn
@@ -13,6 +14,18 @@ def test_mode_of_a_gaussian_posterior_is_its_mean(regression):
     assert torch.allclose(posterior.draws["w"][0, 0], regression.mean, atol=1e-3)
     assert posterior.draws["w"].shape == (1, 1_000, 2)
     assert (posterior.draws["w"] == posterior.draws["w"][:, :1]).all()
+
+
+def test_annealing_ends_at_the_mode(regression):
+    method = bnn.MAP(annealing=0.3)
+    posterior = bnn.fit(regression.model, regression.x, regression.y, method=method)
+    assert torch.allclose(posterior.draws["w"][0, 0], regression.mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("annealing", [-1, 1_000, float("nan")])
+def test_annealing_ends_before_the_steps(annealing):
+    with pytest.raises(ValueError, match="must reach 1 before the end"):
+        bnn.MAP(steps=1_000, annealing=annealing)
 
 
 def test_mode_is_that_of_the_models_own_space():

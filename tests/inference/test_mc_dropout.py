@@ -107,7 +107,7 @@ def test_both_parametrisations_have_one_objective():
     masked, z, args = masked_of(net_model(net), X, Y, names=["2.weight"], length_scale=scale)
     odds = {"2.weight": rate / (1 - rate)}
     ours = _enumerated(
-        masked, z, args, {"2.weight": rate}, lambda f: masked.log_joint(z, args, f, odds)
+        masked, z, args, {"2.weight": rate}, lambda f: sum(masked.terms(z, args, f, odds))
     )
     at = masked.energy.values(z)
     paper = at["2.weight"] / (1 - rate)
@@ -138,7 +138,7 @@ def test_the_prior_counts_at_masked_weights(prior):
         replaced = {**at, "2.weight": w}
         return masked.energy.log_joint(masked.energy.flatten(replaced), args, jacobian=False)
 
-    ours = lambda factors: masked.log_joint(z, args, factors, odds)
+    ours = lambda factors: sum(masked.terms(z, args, factors, odds))
     sampled = "prior: 2.weight" in masked.shapes(12)
     assert sampled == (not isinstance(prior, priors.Normal))
     rates = {"2.weight": 0.2}
@@ -155,7 +155,7 @@ def test_masks_of_rows_and_of_all_have_one_expected_gradient():
     rates = {"2.weight": 0.3, "4.weight": 0.2}
     odds = {k: p / (1 - p) for k, p in rates.items()}
     z = z.requires_grad_()
-    value = lambda factors: masked.log_joint(z, args, factors, odds)
+    value = lambda factors: sum(masked.terms(z, args, factors, odds))
     (tied,) = torch.autograd.grad(_enumerated(masked, z, args, rates, value), z)
     each = []
     for _ in range(1_500):
@@ -237,7 +237,7 @@ def test_rows_share_masks_where_a_mask_of_a_row_would_be_wrong(model, site):
         return masked.energy.log_joint(masked.energy.flatten(replaced), args)
 
     ours = _enumerated(
-        masked, z, args, rates, lambda f: masked.log_joint(z, args, {site: f[site]}, odds)
+        masked, z, args, rates, lambda f: sum(masked.terms(z, args, {site: f[site]}, odds))
     )
     torch.testing.assert_close(ours, _enumerated(masked, z, args, rates, truth))
 
@@ -294,7 +294,7 @@ def test_masks_of_rows_in_a_convolution_are_masks_of_its_weight():
     masked, z, args = masked_of(net_model(net), x, x.mean((1, 2)), names=["2.weight"])
     assert masked.shapes(10) == {"2.weight": (10, 4)}
     factor = torch.tensor([0.0, 2.0, 2.0, 0.0])
-    ours = masked.log_joint(z, args, {"2.weight": factor.expand(10, 4)}, {})
+    ours = sum(masked.terms(z, args, {"2.weight": factor.expand(10, 4)}, {}))
     at = masked.energy.values(z)
     at["2.weight"] = at["2.weight"] * factor[:, None, None]
     f = torch.func.functional_call(net, at, (x,))[:, 0]
@@ -364,7 +364,7 @@ def test_own_masks_reach_every_row_in_training():
     at = masked.energy.values(z)
     for bits in ([1.0, 0.0, 1.0], [0.0, 1.0, 1.0]):
         factor = torch.tensor(bits) / 0.75
-        ours = masked.log_joint(z, args, {"dropout.0": factor.expand(12, 3)}, {})
+        ours = sum(masked.terms(z, args, {"dropout.0": factor.expand(12, 3)}, {}))
         h = torch.tanh((X @ at["0.weight"].T + at["0.bias"]) * factor)
         f = h @ at["3.weight"][0] + at["3.bias"]
         likelihood = dist.Normal(f, 0.3).log_prob(Y).sum()
