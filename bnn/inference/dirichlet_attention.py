@@ -17,11 +17,11 @@ and annealed. New rows have no y: their attention is drawn from q, which looks a
 Cinquin et al. do not publish their map from scores to concentrations; ours is theirs in spirit. To
 c pi and k pi .01 is added: without it KL and slope have no bound at keys far from attended to.
 
-When not to use it: to make a classifier more accurate, or to know how sure it is of its weights.
-The authors found it no better than its baselines. A label tells of a row a few nats, and the KL of
-all its queries is soon more: under "uniform" and "contextual" attention falls back to the prior
-(collapse). Under "scores" k, which is a setting, says how uncertain attention is; learned, it may
-run away. `diagnose()` tells of both.
+When not to use it: to know how sure a net is of its weights. The authors found it no better than
+its baselines; so it is on the benchmarks' digits, and not on their words. A label tells of a row a
+few nats, and the KL of all its queries is soon more: under "uniform" and "contextual" attention
+falls back to the prior (collapse). Under "scores" k, which is a setting, says how uncertain
+attention is; learned, it may run away. `diagnose()` tells of both.
 """
 
 from dataclasses import dataclass, replace
