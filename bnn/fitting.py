@@ -90,8 +90,8 @@ def fit(
             doubtful: of a sampler divergences, energies, tree depth, R-hat of f at 20 rows and of
             single numbers, with a limit that an effective sample size of 400 just keeps; of an
             optimiser an objective that still rose; of a guide or a Gaussian at a mode its k-hat,
-            where rows times draws are few enough to look; of some methods what they alone can
-            tell. `Posterior.diagnose` looks at more, and longer.
+            where rows times draws are few enough to look; of a loader rows that it never shows; of
+            some methods what they alone can tell. `Posterior.diagnose` looks at more, and longer.
         CheckpointWarning: a save failed (no room), and the fit goes on.
 
     Example:
@@ -244,7 +244,7 @@ def approximate(
             raise SystemExit(143) from error  # what a shell calls an end by this signal
         raise
     if not run.frozen:
-        diagnostics.warn([*diagnostics.convergence.at_fit(posterior), *method.at_fit(posterior)])
+        diagnostics.warn(diagnostics.at_fit(posterior))
     if run.cut and not run.frozen:
         again = "" if run.folder is None else " Call the same fit again to go on."
         warnings.warn(

@@ -16,7 +16,14 @@ from bnn.errors import ModelError
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
-__all__ = ["Finding", "Report", "diagnose", "warn"]
+__all__ = ["Finding", "Report", "at_fit", "diagnose", "warn"]
+
+
+def at_fit(posterior: "Posterior") -> list[Finding]:
+    """What every fit looks at by itself, for it costs little."""
+    rows = collapse.minibatches(posterior)
+    own = posterior.method.at_fit(posterior)
+    return [*convergence.at_fit(posterior), *([] if rows is None else [rows]), *own]
 
 
 def diagnose(posterior: "Posterior", *inputs: Any) -> Report:

@@ -491,7 +491,10 @@ LOADERS = {
 def test_rows_that_no_minibatch_shows_are_found(regression, kind):
     make, lost = LOADERS[kind]
     loader = make(TensorDataset(regression.x, regression.y))
-    posterior = fit(regression.model, loader, method=bnn.SVI(steps=100))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = bnn.fit(regression.model, loader, method=bnn.SVI(steps=100))
+    assert any("A pass of minibatches" in str(each.message) for each in caught) == lost
     report = posterior.diagnose()
     assert "loader" in report.missing["k-hat of q"]
     finding = named(report)["rows in a pass"]
