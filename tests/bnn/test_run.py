@@ -637,7 +637,7 @@ def dies_after(name, folder, count):
 def test_whatever_was_written_last_is_gone_on_from_to_the_same_bits(name, files_written, tmp_path):
     """Also the state before the first step, which a timed kill seldom meets; None: others."""
     whole = fit(name)
-    for count in range(3, 1_000, 17) if files_written is None else [files_written]:
+    for count in range(3, 1_000, 41) if files_written is None else [files_written]:
         died = dies_after(name, tmp_path / str(count), count)
         assert same(fit(name, tmp_path / str(count), every=10.0), whole), count
         if not died:
