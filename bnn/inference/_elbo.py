@@ -24,7 +24,7 @@ _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
 _TRIED = 20  # draws at which a site that is not finite is looked for
 _NUMBERS = 3e8  # and that it computes with: a row may meet a weight many times
 _AT_ONCE = 100_000  # rows x draws in memory together
-_CLOSED = (td.Normal, td.Laplace)  # priors whose mean log density under a Gaussian is known
+_CLOSED = (td.Normal, td.Laplace)  # priors of z whose mean log density under a Gaussian is known
 Needs = dict[int | str, tuple[Draw, tuple[int, ...]]]
 """The law and the shape of each noise: the family's own by number, what rows draw by name."""
 
@@ -145,7 +145,7 @@ class Bound:
             run = self.rowwise.rewired(self.family.moments(), ask)
         with run:
             return self.energy.terms(
-                z, batch, jacobian=self.family.spreads, elsewhere=self._expected_priors()
+                z, batch, jacobian=self.family.spreads, elsewhere=self._expected_priors(z)
             )
 
     def _entropy(self, z: Tensor, log_q: Tensor | None) -> Any:
@@ -189,31 +189,38 @@ class Bound:
                 self._terms(z[0].requires_grad_(), few)
         return max(total, 1) / len(few[-1])
 
-    def _expected_priors(self) -> dict[str, Callable[[Any], Tensor]]:
-        """E_q[log p(w)] of the sites whose prior and whose q have a closed form together."""
+    def _expected_priors(self, z: Tensor) -> dict[str, Callable[[Any], Tensor]]:
+        """E_q[log p(w)] of the sites whose prior and whose q have a closed form together.
+
+        Of a site that is not real it is E_q[log p(z)] less log |dw/dz| at the z that was drawn,
+        which `Energy.terms` adds: no noise is left.
+        """
         moments = self.family.moments()
         if moments is None or not self.exact:
             return {}
         expected = {}
         for slot in self.energy.slots:
             if slot.name in self.exact:
-                mean, variance = (m[slot.span].reshape(slot.free) for m in moments)
-                expected[slot.name] = _Expected(mean, variance)
+                mean, variance, free = (m[slot.span].reshape(slot.free) for m in (*moments, z))
+                bend = slot.transform
+                jacobian = 0.0 if slot.real else bend.log_abs_det_jacobian(free, bend(free))
+                expected[slot.name] = _Expected(mean, variance, jacobian)
         return expected
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """E_q[log p(w)], q having these moments: of a Normal prior, and of a Laplace if q is Gaussian.
+    """E_q[log p(w)], q(z) having these moments: of a Normal prior of z, or a Laplace if q is one.
 
-    log N(mean | loc, scale) - variance / (2 scale^2), and -log 2b - E_q|w - loc| / b.
+    log N(mean | loc, scale) - variance / (2 scale^2), and -log 2b - E_q|z - loc| / b.
     """
 
     mean: Tensor
     variance: Tensor
+    jacobian: Tensor | float = 0.0
 
     def __call__(self, fn: Any) -> Tensor:
-        base = _known(fn)
+        base = _on_the_line(fn)[0]
         apart = self.mean - base.loc
         if isinstance(base, td.Normal):
             each = -0.5 * (apart.square() + self.variance) / base.scale.square()
@@ -222,18 +229,35 @@ class _Expected:
             unit = apart / (2 * self.variance).sqrt()
             near = (2 * self.variance / math.pi).sqrt() * (-unit.square()).exp()
             each = -(2 * base.scale).log() - (near + apart * unit.erf()) / base.scale
-        return each.flatten(-fn.event_dim).sum(-1) if fn.event_dim else each
+        each = each.flatten(-fn.event_dim).sum(-1) if fn.event_dim else each
+        return each - self.jacobian
 
 
-def _known(fn: Any) -> Any:
-    """The Normal or Laplace inside a site's distribution, or None."""
+def _on_the_line(fn: Any) -> tuple[Any, list[Any]]:
+    """The distribution inside a site's, and the transforms that take it to the site's support."""
     while isinstance(fn, td.Independent):
         fn = fn.base_dist
-    return fn if isinstance(fn, _CLOSED) else None
+    if isinstance(fn, td.TransformedDistribution):
+        return fn.base_dist, [step for each in fn.transforms for step in _steps(each)]
+    return fn, []
+
+
+def _steps(transform: Any) -> list[Any]:
+    """A transform's own, entry by entry: none of the identity."""
+    while isinstance(transform, td.IndependentTransform):
+        transform = transform.base_transform
+    parts = transform.parts if isinstance(transform, td.ComposeTransform) else [transform]
+    return [each for each in parts if each != td.AffineTransform(0, 1)]  # "positive" ends with one
+
+
+def _known(fn: Any, transform: Any) -> Any:
+    """The Normal or Laplace that z = T^-1(w) has, a LogNormal's among them; or None."""
+    base, steps = _on_the_line(fn)
+    return base if isinstance(base, _CLOSED) and steps == _steps(transform) else None
 
 
 def _known_priors(energy: Energy, independent: bool) -> set[str]:
-    """Sites whose prior is Normal or Laplace, with parameters that q leaves alone.
+    """Sites whose z has a Normal or Laplace prior, with parameters that q leaves alone.
 
     Under a q that correlates sites the parameters must be the same at every prior draw.
     """
@@ -241,7 +265,7 @@ def _known_priors(energy: Energy, independent: bool) -> set[str]:
     for number in range(2):
         with seeded(np.random.SeedSequence(number)), torch.no_grad():
             trace: Any = poutine.trace(energy.model).get_trace(*energy.data.tensors)
-        runs.append({s.name: _known(trace.nodes[s.name]["fn"]) for s in energy.slots})
+        runs.append({s.name: _known(trace.nodes[s.name]["fn"], s.transform) for s in energy.slots})
     first, second = runs
     return {
         name

@@ -6,9 +6,9 @@ The gradient passes through the draw z (the reparameterization trick; Kingma and
 section 2.3; Blundell et al. 2015, section 3.2, call it Bayes by backprop). z is the model's latent
 sites on the real line, the Jacobian of that map included. On a minibatch of B of N rows everything
 inside the data plate counts N/B times, the rest once. The entropy of a Gaussian q is exact, and so
-is E_q[log p(w)] where the prior of w is Normal or Laplace: only what has no closed form is sampled.
-A prior whose parameters are themselves latent counts as such under `guide="normal"` alone, where q
-makes them independent of w.
+is E_q[log p(z)] where the prior of z is Laplace or Normal (that of a site then is Normal, LogNormal
+or logit-normal): only what has no closed form is sampled. A prior whose parameters are themselves
+latent counts as such under `guide="normal"` alone, where q makes them independent of the site.
 
 On average every estimator has the same gradient; they differ in its noise. "local" and "flipout"
 draw the weights of a linear map for each row, see `bnn.inference._rowwise`; "path" leaves out of

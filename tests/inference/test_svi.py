@@ -1,9 +1,11 @@
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.distributions as td
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
     AutoIAFNormal,
@@ -13,6 +15,7 @@ from pyro.infer.autoguide import (
 
 import bnn
 from bnn import arguments, contract
+from bnn.handlers import seeded
 from tests.exact import check_expected_prior, check_regression_by_mean_field, gamma_poisson
 
 
@@ -154,6 +157,45 @@ def test_the_kl_to_a_laplace_prior_is_exact(loc, scale):
     log_q, log_p = dist.Normal(loc, scale).log_prob(w), dist.Laplace(1.0, b).log_prob(w)
     kl = float(torch.trapezoid(log_q.exp() * (log_q - log_p), w))
     assert got == pytest.approx(-0.5 * math.log(2 * math.pi) - kl, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prior", "exact"),
+    [
+        (dist.LogNormal(1.0, 0.7), True),
+        (dist.LogNormal(1.0, 0.7).expand([3]).to_event(1), True),
+        (dist.TransformedDistribution(dist.Normal(0.3, 2.0), [td.SigmoidTransform()]), True),
+        (dist.TransformedDistribution(dist.Normal(0.3, 2.0), [td.ExpTransform()] * 2), False),
+        (dist.Gamma(2.0, 1.0), False),
+    ],
+    ids=["lognormal", "vector", "logit-normal", "other map", "gamma"],
+)
+def test_the_kl_to_a_prior_that_is_normal_on_the_real_line_is_exact(prior, exact):
+    """The data say nothing of w, so that the ELBO is log N(0 | 0, 1) - KL(N || N) at any draw."""
+    from bnn.inference._elbo import Bound
+    from bnn.inference._energy import Energy
+    from bnn.inference._guide import Normal
+
+    def model(x, y=None):
+        pyro.sample("w", prior)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    zeros = torch.zeros(1), torch.zeros(1)
+    data, sites = contract.check(model, arguments.read(model, zeros))
+    energy = Energy(model, data, sites)
+    loc, scale = 0.5 * torch.ones(energy.size), 0.3 * torch.ones(energy.size)
+    bound = Bound(energy, Normal(loc, scale), sites)
+    assert bound.exact == ({"w"} if exact else set())
+    with pyro.validation_enabled(False), seeded(np.random.SeedSequence(0)):
+        draws = [float(bound(data.tensors, 1)) for _ in range(3)]
+    if not exact:
+        assert max(draws) - min(draws) > 0.01
+        return
+    base = prior.base_dist.base_dist if prior.event_dim else prior.base_dist
+    kl = td.kl_divergence(td.Normal(loc, scale), td.Normal(base.loc, base.scale)).sum()
+    expected = -0.5 * math.log(2 * math.pi) - float(kl)
+    assert draws == pytest.approx([expected] * 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("loc", "scale"), [(0.5, 0.3), (0.0, 0.02)])
