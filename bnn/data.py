@@ -16,6 +16,7 @@ from bnn import processes
 from bnn.errors import CheckpointError, DataError
 from bnn.handlers import generators, set_generators
 
+_SOME = 32  # rows by which data are known again that are not read whole
 LARGEST = 1e15  # beyond it a square overflows float32 soon, and every sum of squares is noise
 
 
@@ -274,6 +275,24 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
     owners = (loader, getattr(loader, "sampler", None), getattr(inner, "sampler", None))
     found = {id(g): g for o in owners if (g := getattr(o, "generator", None)) is not None}
     return list(found.values())
+
+
+def some_rows(loader: Any) -> list[Any] | None:
+    """Rows of a loader, evenly spaced from the first to the last, in whatever form it keeps them.
+
+    None where it cannot be asked for a row: an iterable shows what it has once it is gone through.
+    """
+    if isinstance(loader, Mapped):
+        return [array[_spread(loader.rows)] if array.ndim else array for array in loader.arrays]
+    rows: Any = getattr(loader, "dataset", None)
+    try:
+        return [rows[int(row)] for row in _spread(len(rows))]
+    except Exception:  # a dataset may have other keys than 0, 1, ..., and raise what it likes
+        return None
+
+
+def _spread(rows: int) -> np.ndarray:
+    return np.unique(np.linspace(0, rows - 1, min(rows, _SOME)).astype(np.int64))
 
 
 def take(args: tuple[Tensor, ...], rows: Any) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ def _parts(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
         return
     seen[id(thing)] = thing  # kept, so that its id is not given again
     inside: list[Any] = []
-    if isinstance(thing, Tensor | np.ndarray):
+    if isinstance(thing, Tensor | np.ndarray | np.generic):
         tensor = torch.as_tensor(thing) if _numeric(thing) else torch.zeros(0)
         yield digest("", {"": tensor.detach()})
     elif isinstance(thing, torch.nn.Module):

@@ -353,6 +353,67 @@ def test_what_differs_is_named(stop, tmp_path):
     assert caught.value.field in ("data", "dtype")
 
 
+def _mapped(folder, y):
+    folder.mkdir()
+    np.save(folder / "x.npy", X.numpy())
+    np.save(folder / "y.npy", y.numpy())
+    return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in "xy"]
+
+
+class _Noisy(TensorDataset):
+    """Rows that are moved at random each time."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.01 * torch.randn_like(x), y
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda folder, y: [DataLoader(TensorDataset(X, y), batch_size=6, shuffle=True)],
+        _mapped,
+    ],
+    ids=["DataLoader", "mapped"],
+)
+def test_other_rows_behind_a_loader_are_told(stop, tmp_path, given):
+    method = bnn.SVI(steps=80, draws=10, batch_size=6 if given is _mapped else None)
+    other = Y.clone()
+    other[-1] += 1.0
+    stop(20)
+    bnn.fit(model, *given(tmp_path / "a", Y), method=method, checkpoint=tmp_path / "run")
+    again = given(tmp_path / "b", other)
+    with pytest.raises(bnn.ResumeMismatch, match="other data: some rows was"):
+        bnn.fit(model, *again, method=method, checkpoint=tmp_path / "run")
+    stop(10**9)
+    again = given(tmp_path / "c", Y)
+    assert bnn.fit(model, *again, method=method, checkpoint=tmp_path / "run").complete
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_rows_that_change_or_cannot_be_asked_for_are_no_other_data(stop, tmp_path, noisy):
+    def given():
+        if noisy:
+            return DataLoader(_Noisy(X, Y), batch_size=6)
+        return Pass((X[:6], Y[:6]), (X[6:], Y[6:]))
+
+    stop(20)
+    method = bnn.SVI(steps=80, draws=10)
+    bnn.fit(model, given(), method=method, checkpoint=tmp_path)
+    stop(10**9)
+    assert bnn.fit(model, given(), method=method, checkpoint=tmp_path).complete
+
+
+class Pass:
+    """Batches that can be gone through and not asked for."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def test_other_versions_are_told(stop, tmp_path, monkeypatch):
     stop(20)
     fit("svi", tmp_path)
