@@ -73,11 +73,14 @@ def compiled(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
 
     if examples[0].dtype == torch.float32:
         graph = _rational_tanh(graph)
+    graph = _rows_last(graph)
     # In a context with shapes the inductor looks up on disk what it has made of the same graph and
-    # constants; and the processor's own flags need no trial programs, which take a second each.
+    # constants; the processor's own flags need no trial programs, which take a second each; and a
+    # product and a sum may be one operation, rounded once.
+    settings = {"cpp.vec_isa_ok": True, "cpp.enable_floating_point_contract_flag": "fast"}
     shapes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with torch.no_grad(), _quiet_inductor(), tracing(TracingContext(shapes)):
-        with config.patch({"cpp.vec_isa_ok": True}):
+        with config.patch(settings):
             program: Any = compile_fx_inner(graph, list(examples))
     with torch.no_grad():
         program(list(examples))
@@ -203,6 +206,32 @@ def _fixed(node: Node, known: dict[Node, Any]) -> bool:
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return not random and all(other in known for other in node.all_input_nodes)
 
+
+def _rows_last(graph: GraphModule) -> GraphModule:
+    """Products of many rows and few columns, in place, as transposes of (column, row).
+
+    What follows loops along the last axis by vectors: 50 columns are three of them and a rest of
+    two numbers, which takes as long, and a sum over them has to end within a vector.
+    """
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.target is not _ATEN.bmm.default or value is None:
+            continue
+        rows, columns = value.shape[1:]
+        if columns == 1 or columns % _VECTOR == 0 or rows < _MANY * columns:
+            continue
+        with graph.graph.inserting_before(node):
+            turned = lambda x: graph.graph.call_function(_ATEN.permute.default, (x, [0, 2, 1]))
+            left, right = node.args
+            product = graph.graph.call_function(node.target, (turned(right), turned(left)))
+            node.replace_all_uses_with(turned(product))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+_MANY = 4  # rows for each column
+_VECTOR = 16  # numbers, at most
 
 # tanh(x) = x P(x^2) / Q(x^2) on the interval where it is not +-1 in float32; highest power first.
 # The quotient of Eigen and XLA: within 2e-7.

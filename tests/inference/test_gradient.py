@@ -495,3 +495,21 @@ def test_lanes_too_large_for_the_cache_are_computed_in_blocks(route, monkeypatch
     assert parts.block < parts.lanes
     assert_equal_to_pyro(parts)
     assert parts._saving() > whole._saving()  # each block has its own calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "turned"),
+    [(60, 10, True), (60, 16, False), (30, 10, False), (60, 1, False)],
+)
+def test_products_of_many_rows_and_few_columns_are_turned(rows, columns, turned):
+    """What is compiled of them loops along the rows, and is the same function."""
+    x, w = (torch.randn(2, *shape, generator=generator(np.random.SeedSequence(0)))
+            for shape in ((rows, 3), (3, columns)))  # fmt: skip
+    function = lambda x, w: (torch.tanh(x @ w).square().sum(2), (x @ w).sum(1))
+    graph = _compile._rows_last(graph_of(function, x, w))
+    products = [n for n in graph.graph.nodes if n.target is torch.ops.aten.bmm.default]
+    permute = torch.ops.aten.permute.default
+    assert products
+    assert all((n.args[0].target is permute) == turned for n in products)
+    for got, expected in zip(graph(x, w), function(x, w), strict=True):
+        torch.testing.assert_close(got, expected)
