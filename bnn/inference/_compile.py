@@ -193,9 +193,28 @@ def _fold(graph: GraphModule) -> GraphModule:
             _ATEN.alias.default,
         ):
             node.replace_all_uses_with(node.args[0])
+    _share(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _share(graph: GraphModule) -> None:
+    """Does each operation once on the same arguments: the first layer, where two runs have one."""
+    met: dict[str, Node] = {}
+    for node in graph.graph.nodes:
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            met.clear()
+            continue
+        if node.op == "get_attr":
+            what: Any = id(_attribute(graph, node.target))
+        elif node.op == "call_function" and not _random(node):
+            what = node.target, node.args, node.kwargs
+        else:
+            continue
+        same = met.setdefault(repr(what), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
 
 
 def _attribute(graph: GraphModule, name: str) -> Any:
@@ -203,8 +222,11 @@ def _attribute(graph: GraphModule, name: str) -> Any:
 
 
 def _fixed(node: Node, known: dict[Node, Any]) -> bool:
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return not random and all(other in known for other in node.all_input_nodes)
+    return not _random(node) and all(other in known for other in node.all_input_nodes)
+
+
+def _random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _rows_last(graph: GraphModule) -> GraphModule:

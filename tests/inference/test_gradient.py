@@ -379,6 +379,18 @@ def test_a_graph_folds_constants_and_no_random_operation():
         assert not torch.equal(drawn(z), drawn(z))
 
 
+def test_a_graph_does_an_operation_once_on_the_same_arguments():
+    z, w = torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.ones(3)
+    twice = graph_of(lambda z: (z + w).exp() * (z.detach() + w).exp(), z)
+    assert [n.target for n in twice.graph.nodes if n.op == "call_function"] == [
+        torch.ops.aten.add.Tensor, torch.ops.aten.exp.default, torch.ops.aten.mul.Tensor,
+    ]  # fmt: skip
+    torch.testing.assert_close(twice(z), (2 * z + 2).exp())
+    with seeded(np.random.SeedSequence(0)):
+        drawn = graph_of(lambda z: torch.rand_like(z) - torch.rand_like(z), z)
+        assert (drawn(z) != 0).all()
+
+
 def test_rare_randomness_is_refused():
     """This dropout keeps all 30 rows in 94 runs of 100: two runs at one draw would agree."""
 
