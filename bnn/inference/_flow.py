@@ -44,6 +44,7 @@ class Scored:
         log_q: log probability of the masks under the policy.
         log_p: under their prior.
         log_z: what the net for it says; 0 where there is none.
+        others: what is drawn already of the other particles, (particle, *) each; see `Flow.run`.
     """
 
     likelihood: Tensor
@@ -52,6 +53,7 @@ class Scored:
     log_q: Tensor
     log_p: Tensor
     log_z: Tensor
+    others: tuple[Tensor, ...]
 
     def gap(self, power: float) -> Tensor:
         """Log q + log Z - log reward; the same for all masks where q is the posterior's."""
@@ -118,18 +120,24 @@ class Flow:
         tensors: Mapping[str, Tensor],
         uniforms: Sequence[Tensor],
         temperature: float = 1.0,
+        drawn: tuple[Tensor, ...] = (),
     ) -> Scored:
         """The model at the mode z, under masks of the policy that come of uniforms.
+
+        Particles meet the first seam at the same activations: their masks are drawn there together,
+        by the run of the first of them.
 
         Args:
             z: flat vector of the model's own sites, (size,).
             args: the model's arguments.
             tensors: weights of the generators.
-            uniforms: of each seam, ([row,] unit).
-            temperature: see `Masks.draw`.
+            uniforms: of each seam, ([row,] unit); of the first, (particle, [row,] unit) where this
+                run draws for several.
+            temperature: see `Masks.draw`. The first of several particles is drawn at 1.
+            drawn: what `Scored.others` of the first particle's run holds for this one.
         """
         energy, sites = self.energy, self.energy.sites
-        drawing = _Drawing(self, tensors, args[-1], temperature)
+        drawing = _Drawing(self, tensors, args[-1], temperature, drawn)
         pairs = zip(self.places, uniforms, strict=True)
         rules = {place.name: partial(drawing, place, each) for place, each in pairs}
         score = Score(sites.plate, energy.data.rows, by_row=self.labels is not None)
@@ -138,7 +146,8 @@ class Flow:
         likelihood = torch.as_tensor(score.likelihood)
         prior = torch.as_tensor(score.prior, dtype=likelihood.dtype)
         each = likelihood if self.labels is None else score.rowwise * self.share(args)
-        return Scored(likelihood, prior, each, drawing.log_q, drawing.log_p, drawing.log_z)
+        logs = drawing.log_q, drawing.log_p, drawing.log_z
+        return Scored(likelihood, prior, each, *logs, drawing.others)
 
     def draws(self, tensors: Mapping[str, Tensor], count: int) -> Tensors:
         """Masks for all rows from the policy, "<seam>.mask" (1, mask, unit); none by row."""
@@ -192,31 +201,70 @@ class Flow:
 
 
 class _Drawing:
-    """The masks of one run, drawn as its program meets the seams."""
+    """The masks of one run, drawn as its program meets the seams; see `Flow.run`."""
 
-    def __init__(self, flow: Flow, tensors: Mapping[str, Tensor], y: Tensor, temperature: float):
+    def __init__(
+        self,
+        flow: Flow,
+        tensors: Mapping[str, Tensor],
+        y: Tensor,
+        temperature: float,
+        drawn: tuple[Tensor, ...],
+    ):
         self.flow, self.tensors, self.temperature = flow, tensors, temperature
-        self.label = None if flow.labels is None else flow.labels(y)
+        self.label = None if drawn or flow.labels is None else flow.labels(y)
         self.policy = Generator(tensors, "policy", self.label)
-        self.prior = None if self.label is None else Generator(tensors, "prior")
-        self.log_z = tensors.get("log_z.bias", torch.zeros(()))
+        self.prior = None if flow.labels is None else Generator(tensors, "prior")
         self.log_q: Any = 0.0
         self.log_p: Any = 0.0
+        self.log_z = tensors.get("log_z.bias", torch.zeros(()))
+        self.others: tuple[Tensor, ...] = ()
+        self.first = self._stand(drawn) if drawn else None
 
     def __call__(self, place: Place, uniforms: Tensor, h: Tensor) -> Tensor:
-        context = self.flow.masking.pooled(place.name, h)
-        law = self.policy.law(place.name, context)
-        bits, log_q = law.draw(uniforms, self.temperature)
-        self.policy.take(place.name, bits)
+        masking, opening = self.flow.masking, place is self.flow.places[0]
+        bits = self.first if opening else None
+        if bits is None:
+            bits = self._draw(place, uniforms, masking.pooled(place.name, h))
+        return masking.masked(place.name, h, bits)
+
+    def _draw(self, place: Place, uniforms: Tensor, context: Tensor | None) -> Tensor:
+        several = uniforms.ndim > (1 if context is None else 2)
+        temperature: Any = self.temperature
+        if several:
+            each = torch.tensor([1.0] + [temperature] * (len(uniforms) - 1))
+            temperature = each.reshape(-1, *[1] * (uniforms.ndim - 1))
+        bits, log_q = self.policy.law(place.name, context).draw(uniforms, temperature)
         if self.prior is None:
             log_p = _independent(place.keep, bits)
         else:
             log_p = self.prior.law(place.name, context).log_prob(bits)
-            self.prior.take(place.name, bits)
+        self.log_q, self.log_p = self.log_q + log_q, self.log_p + log_p
         if place is self.flow.places[0] and "log_z.outward" in self.tensors:
             self.log_z = self.log_z + self._amortised(context, self.label)
-        self.log_q, self.log_p = self.log_q + log_q, self.log_p + log_p
-        return self.flow.masking.masked(place.name, h, bits)
+        if place is not self.flow.places[-1]:
+            for generator in self._generators:
+                generator.take(place.name, bits)
+        return self._part(bits) if several else bits
+
+    @property
+    def _generators(self) -> list[Generator]:
+        return [self.policy] if self.prior is None else [self.policy, self.prior]
+
+    def _part(self, bits: Tensor) -> Tensor:
+        """Goes on as the first particle; returns its mask, and notes what the others go on from."""
+        states = [each.state for each in self._generators if len(self.flow.places) > 1]
+        log_z = self.log_z.expand(self.log_q.shape)
+        every = (bits, self.log_q, self.log_p, log_z, *states)
+        self.others = tuple(each[1:] for each in every)
+        return self._stand(tuple(each[0] for each in every))
+
+    def _stand(self, drawn: tuple[Tensor, ...]) -> Tensor:
+        """Goes on from what was drawn of one particle; returns its first mask."""
+        bits, self.log_q, self.log_p, self.log_z, *states = drawn
+        for generator, state in zip(self._generators, states, strict=False):
+            generator.state = state
+        return bits
 
     def _amortised(self, context: Any, label: Any) -> Tensor:
         """Log Z of each row but for a constant, (row,): of its first activations and its label."""
@@ -256,19 +304,20 @@ class Balance:
         noise: tuple[Tensor, ...],
     ) -> Tensor:
         flow, z, own = self.flow, tensors.get("mode", self.mode), self.flat(tensors["masks"])
-        first = flow.run(z, batch, own, [each[0] for each in noise])
-        gaps = [first.gap(self.power)[None]]  # (particle, [row])
+        opening, later = noise[0], noise[1:]
+        uniforms = [opening, *(each[0] for each in later)]
+        first = flow.run(z, batch, own, uniforms, self.temperature)
+        gaps = first.gap(self.power)[None]  # (particle, [row])
 
-        def gap(*uniforms: Tensor) -> Tensor:
-            run = flow.run(z.detach(), batch, own, uniforms, self.temperature)
+        def gap(*given: Tensor) -> Tensor:
+            drawn, uniforms = given[: len(first.others)], given[len(first.others) :]
+            uniforms = [opening, *uniforms]
+            run = flow.run(z.detach(), batch, own, uniforms, self.temperature, drawn)
             return run.gap(self.power)
 
-        others = [each[1:] for each in noise]
-        if len(others[0]) == 1:  # lifting costs more than it saves
-            gaps.append(gap(*(each[0] for each in others))[None])
-        elif len(others[0]):
-            gaps.append(flow.energy.batched(gap, *others))
-        gaps = torch.cat(gaps)
+        if len(opening) > 1:
+            others = flow.energy.batched(gap, *first.others, *(each[1:] for each in later))
+            gaps = torch.cat([gaps, others])
         lost = gaps.square().mean(0) if self.squared else gaps.var(0)
         learned = first.log_p if flow.masking.apart else torch.zeros(())
         joint = first.likelihood + weight * first.prior

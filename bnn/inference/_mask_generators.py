@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, silu
+from torch.nn.functional import silu, softplus
 
 from bnn.handlers import Capture, seeded
 from bnn.inference._energy import Energy
@@ -35,28 +35,33 @@ class Masks(TorchDistribution):
         self.state, self.weights = state, weights
         super().__init__(state.shape[:-1], weights["offset"].shape, validate_args=False)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Units of each block."""
+        offset, hidden = self.weights["offset"], self.weights["hidden"]
+        return [len(block) for block in offset.tensor_split(len(hidden))]
+
     def walk(self, choose: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
-        """A mask, and its logits; `choose` takes the logits of a block and its number."""
-        hidden, parts = self.weights["hidden"], ("outward", "offset", "inward")
-        cut = (self.weights[part].tensor_split(len(hidden)) for part in parts)
-        state, drawn, logits = self.state, [], []
-        for number, (bias, outward, offset, inward) in enumerate(zip(hidden, *cut, strict=True)):
-            each = silu(state + bias) @ outward.mT + offset
-            drawn.append(choose(each, number))
-            logits.append(each.expand(drawn[-1].shape))
+        """A mask, and its logits; `choose` takes a block's, before its offset, and its number."""
+        cut = (self.weights[part].split(self.sizes) for part in ("outward", "inward"))
+        hidden, state, drawn, logits = self.weights["hidden"].unbind(), self.state, [], []
+        for number, (bias, outward, inward) in enumerate(zip(hidden, *cut, strict=True)):
+            logits.append(silu(state + bias) @ outward.mT)
+            drawn.append(choose(logits[-1], number))
             if number < len(hidden) - 1:
                 state = state + drawn[-1] @ inward
-        return torch.cat(drawn, -1), torch.cat(logits, -1)
+        if len(logits) > 1:
+            pairs = zip(logits, drawn, strict=True)
+            logits = [torch.cat([each.expand(bits.shape) for each, bits in pairs], -1)]
+        return torch.cat(drawn, -1), logits[0] + self.weights["offset"]
 
-    def draw(self, uniforms: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def draw(self, uniforms: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """Masks from sigmoid(logits / temperature), and their log probability at 1."""
-        parts = uniforms.tensor_split(len(self.weights["hidden"]), -1)
-
-        def below(logits: Tensor, number: int) -> Tensor:
-            keep = (logits.detach() / temperature).sigmoid()
-            return (parts[number] < keep).to(logits.dtype)
-
-        return (walked := self.walk(below))[0], _log_prob(*walked)
+        # u < sigmoid(logit / temperature) where logit > temperature x log(u / (1 - u))
+        least = temperature * uniforms.logit() - self.weights["offset"].detach()
+        parts = least.split(self.sizes, -1)
+        choose = lambda logits, number: (parts[number] < logits.detach()).to(logits.dtype)
+        return (walked := self.walk(choose))[0], _log_prob(*walked)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Masks, (*sample_shape, *, unit)."""
@@ -65,7 +70,7 @@ class Masks(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Of a mask, summed over its units."""
-        parts = value.tensor_split(len(self.weights["hidden"]), -1)
+        parts = value.split(self.sizes, -1)
         return _log_prob(value, self.walk(lambda logits, number: parts[number])[1])
 
     @property
@@ -78,7 +83,7 @@ class Masks(TorchDistribution):
 
 def _log_prob(bits: Tensor, logits: Tensor) -> Tensor:
     """Log sigmoid of the logit, or of its negative where the bit is 0, summed over units."""
-    return -binary_cross_entropy_with_logits(logits, bits, reduction="none").sum(-1)
+    return (bits * logits).sum(-1) - softplus(logits).sum(-1)
 
 
 class Generator:
@@ -99,8 +104,9 @@ class Generator:
         start = f"{self.who}.{seam}."
         own = {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
         if context is not None:
-            self.state = self.state + context @ own["activations"]
-        return Masks(self.state + torch.zeros_like(own["hidden"][0]), own)
+            self.state = context @ own["activations"] + self.state
+        met = isinstance(self.state, Tensor)
+        return Masks(self.state if met else torch.zeros_like(own["hidden"][0]), own)
 
     def take(self, seam: str, bits: Tensor) -> None:
         """Goes on from a mask."""

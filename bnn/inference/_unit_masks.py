@@ -14,7 +14,6 @@ from bnn.inference._energy import Energy
 from bnn.sites import Sites, require_minibatches
 
 ALONE = 8  # units of a seam up to which each is a block of its own
-BLOCKS = 4  # of a seam with more
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Masking:
         seams: their names; None for all that are called "hidden. ...".
         axis: of the units in a seam, one or by seam; None for the last of 2 or 3 axes, and axis 1
             of more.
-        blocks: of each seam; None for one a unit up to 8 units, else 4.
+        blocks: of each seam; None for one a unit up to 8 units, else 1.
     """
 
     apart: bool
@@ -187,7 +186,7 @@ def find_places(energy: Energy, masking: Masking, method: str, seed: Any) -> lis
                 "use conditional=False."
             )
         units = shape[axis]
-        blocks = masking.blocks or (units if units <= ALONE else BLOCKS)
+        blocks = masking.blocks or (units if units <= ALONE else 1)
         places.append(Place(name, units, masking.keep_of(name), min(blocks, units)))
     _check_used(energy, places, masking.apart, method, seed)
     return places

@@ -68,8 +68,8 @@ class GFlowOut(Optimised):
         particles: masks a step, the first drawn from q itself. Log variance takes 2 or more.
         temperature: of the sigmoids that the others are drawn from.
         blocks: groups in which a seam's units are drawn, one after the other; within a group they
-            are independent given those before. None: each alone up to 8 units, else 4 groups. 1 is
-            the paper's.
+            are independent given those before. None: each alone up to 8 units, else all in one, as
+            in the paper. More groups come nearer to the posterior, and a step costs more.
         width: of the generators' state.
         generator_learning_rate: Adam's for the generators. It falls with `learning_rate`.
         log_z_learning_rate: for the constant in log Z.

@@ -13,6 +13,7 @@ from torch import nn
 
 import bnn
 from bnn.data import take
+from bnn.handlers import seeded
 from bnn.inference import _flow, gflowout
 from bnn.inference._energy import Energy
 from bnn.inference._flow import Flow
@@ -114,7 +115,7 @@ def check_enumerated(objective="log_variance", model=None, keep=0.5, **settings)
     y = model.data(x) if isinstance(model, Fixed) else torch.ones(16)
     joint = exact_law(model, x, y, keep)
     exact, log_z = joint.softmax(0), joint.logsumexp(0)
-    common = {"steps": 1_500, "particles": 16, "generator_learning_rate": 0.03, "prior_keep": keep}
+    common = {"steps": 1_800, "particles": 16, "generator_learning_rate": 0.03, "prior_keep": keep}
     posterior = fit(model, x, y, objective=objective, **common | settings)
     q = law_of(posterior.params).exp()
     assert abs(float(q.sum()) - 1) < 1e-4
@@ -245,6 +246,43 @@ def check_gaps(conditional, batch_size=16):
 @pytest.mark.parametrize("conditional", [True, False])
 def test_the_gap_is_that_of_the_definition(conditional, batch_size):
     check_gaps(conditional, batch_size)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_particles_that_are_drawn_together_are_those_drawn_alone(conditional):
+    """One run draws the first masks of all; the gaps and their slopes are those of runs apart."""
+    model = Fixed(sd=0.7)
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+    y = model.data(x)
+    posterior = fit(model, x, y, conditional=conditional, steps=5, draws=2)
+    energy = Energy(model, posterior.data, posterior.sites)
+    masking = posterior.method._masking
+    places = find_places(energy, masking, "GFlowOut", np.random.SeedSequence(0))
+    labels = Labels(energy, np.random.SeedSequence(0)) if conditional else None
+    flow, z, temperature = Flow(energy, places, masking, labels), torch.zeros(0), 5.0
+    names = [name for name in posterior.params if not name.startswith("balance.")]
+    tensors = {name: posterior.params[name].clone().requires_grad_() for name in names}
+    with seeded(np.random.SeedSequence(2)):
+        first, second = flow.noise(3, 6)
+    together = flow.run(z, (x, y), tensors, [first, second[0]], temperature)
+    found, wanted = [together], []
+    for i in range(2):
+        drawn = tuple(each[i] for each in together.others)
+        noise = [first, second[1 + i]]
+        found.append(flow.run(z, (x, y), tensors, noise, temperature, drawn))
+    for i in range(3):
+        noise = [first[i], second[i]]
+        wanted.append(flow.run(z, (x, y), tensors, noise, temperature if i else 1.0))
+    assert not torch.equal(*together.others[0])
+    for one, other in zip(found, wanted, strict=True):
+        gaps = one.gap(1.0).sum(), other.gap(1.0).sum()
+        torch.testing.assert_close(*gaps)
+        leaves, some = list(tensors.values()), {"retain_graph": True, "allow_unused": True}
+        slopes = [torch.autograd.grad(gap, leaves, **some) for gap in gaps]
+        for name, a, b in zip(names, *slopes, strict=True):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                torch.testing.assert_close(a, b)
 
 
 def test_the_log_probability_depends_on_the_mask():
