@@ -1,12 +1,14 @@
 """Microseconds of a training step under masks: MC dropout against GFlowOut on the same net."""
 
+import statistics
 from collections.abc import Callable
+from time import process_time
 from typing import Any
+from unittest.mock import patch
 
-from benchmarks.common import PROBLEMS, alternate, arguments, begin, compare, per_step, torch_data
+from benchmarks.common import PROBLEMS, alternate, arguments, begin, compare, torch_data
 
-BATCH = 128
-CASES = ("M", "XL")
+CASES = {"M": ("M", 128), "M-all": ("M", 1_000), "XL": ("XL", 128)}  # problem, rows of a batch
 DROPOUT = "bnn.MCDropout(rate=.5)"
 Timed = Callable[[], float]
 
@@ -29,44 +31,57 @@ def methods() -> dict[str, Callable[..., Any]]:
     return {
         DROPOUT: lambda **k: bnn.MCDropout(rate=0.5, **k),
         "bnn.GFlowOut()": bnn.GFlowOut,
-        "bnn.GFlowOut(blocks=1)": lambda **k: bnn.GFlowOut(blocks=1, **k),
+        "bnn.GFlowOut(blocks=2)": lambda **k: bnn.GFlowOut(blocks=2, **k),
+        "bnn.GFlowOut(blocks=4)": lambda **k: bnn.GFlowOut(blocks=4, **k),
         "bnn.GFlowOut(trajectory balance)": lambda **k: bnn.GFlowOut(**balance, **k),
         "bnn.GFlowOut(conditional=False)": lambda **k: bnn.GFlowOut(conditional=False, **k),
     }
 
 
-def timed(size: str, method: Callable[..., Any], seconds: float) -> Timed:
-    """Seconds of a step on batches of 128 rows."""
+def timed(case: str, method: Callable[..., Any], compiled: bool, steps: int) -> Timed:
+    """The median processor time of a step, compiled or as the model is written."""
     import bnn
+    from bnn.inference import _step
 
+    size, batch = CASES[case]
     model, data = model_of(size), torch_data(PROBLEMS[size])
-    batch = min(BATCH, PROBLEMS[size].rows)
-    common = {"schedule": "constant", "draws": 1, "learning_rate": 1e-3, "batch_size": batch}
+    settings = {"schedule": "constant", "draws": 1, "learning_rate": 1e-3, "steps": steps}
+    made = method(batch_size=None if batch == PROBLEMS[size].rows else batch, **settings)
+    call = _step.Step.__call__
 
-    def fit(steps: int) -> None:
-        bnn.fit(model, *data, method=method(steps=steps, **common), progress=False)
+    def fit() -> float:
+        taken: list[float] = []
 
-    return per_step(fit, seconds)
+        def watched(step: Any, *args: Any) -> Any:
+            if compiled and step.route != "compiled":
+                raise RuntimeError(f"The step of {made} was not compiled.")
+            start = process_time()
+            outcome = call(step, *args)
+            taken.append(process_time() - start)
+            return outcome
+
+        limits = {"_FEW": 0 if compiled else 10**9, "_COMPILING": 0.0}
+        with patch.object(_step.Step, "__call__", watched), patch.multiple(_step, **limits):
+            bnn.fit(model, *data, method=made, seed=1, progress=False)
+        return statistics.median(taken[5:])
+
+    return fit
 
 
 def main() -> None:
-    parser = arguments(__doc__, CASES)
-    args = parser.parse_args()
+    args = arguments(__doc__, tuple(CASES)).parse_args()
     if args.quick:
         args.sizes, args.repeats = ["M"], 2
     begin("Masks", args.cores)
-    for size in args.sizes:
-        given = {
-            name: timed(size, method, 0.1 if args.quick else 3.0)
-            for name, method in methods().items()
-        }
-        compare(
-            f"{size}: {PROBLEMS[size]}; batches of {BATCH}",
-            "us / step",
-            alternate(given, args.repeats),
-            [DROPOUT],
-            value=lambda s: 1e6 * s,
-        )
+    for case in args.sizes:
+        size, batch = CASES[case]
+        for compiled in (False, True):
+            steps = 20 if args.quick else 1_000 if compiled else 100
+            given = {name: timed(case, each, compiled, steps) for name, each in methods().items()}
+            route = "compiled" if compiled else "as the model is written"
+            title = f"{case}: {PROBLEMS[size]}; batches of {batch}; {route}"
+            times = alternate(given, args.repeats)
+            compare(title, "us / step", times, [DROPOUT], value=lambda s: 1e6 * s)
 
 
 if __name__ == "__main__":
