@@ -4,7 +4,7 @@ The sum is over the keys that a query may see; others have weight 0. pi = softma
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
-from bnn.inference._rowwise import Ask
+from bnn.inference._gamma import digamma, lgamma, log_draw, log_uniform, sloped, trigamma
+from bnn.inference._rowwise import Ask, Draw
 
 FLOOR = 1e-2  # of a concentration: the KL has the slope prior / concentration^2
 
@@ -109,16 +110,16 @@ class Dirichlet(Law):
         return torch.addcmul(self.pi.new_tensor(FLOOR), self.sharpness, self.pi)
 
     def _log_s(self, ask: Ask | None) -> Tensor:
-        u = torch.rand(self.concentration.shape).to(self.concentration)  # a draw each under vmap
-        return _LogGamma.apply(self.concentration, u)[0]  # type: ignore[index]
+        laws = {"normal": torch.randn, "first": log_uniform, "second": log_uniform}
+        noise = (_noise(ask, self.concentration, draw, name) for name, draw in laws.items())
+        return log_draw(self.concentration, *noise)
 
     def _divergence(self) -> Tensor:
         a, b = self.concentration, self.prior
         a0, b0 = (self._over_keys(each).clamp(min=FLOOR) for each in (a, b))
-        each: Any = _Excess.apply(a, b)
         return (
-            torch.lgamma(a0) - torch.lgamma(b0) - (a0 - b0) * torch.digamma(a0)
-            + self._over_keys(each[0])
+            lgamma(a0) - lgamma(b0) - (a0 - b0) * digamma(a0)
+            + self._over_keys(_excess(a, b))
         )  # fmt: skip
 
 
@@ -135,10 +136,10 @@ class Weibull(Law):
     def _log_s(self, ask: Ask | None) -> Tensor:
         k, log_pi = self.sharpness, self.log_pi
         noise = _noise(ask, log_pi, _log_exponential)
-        return log_pi - torch.lgamma(1 + 1 / k) + noise / k
+        return log_pi - lgamma(1 + 1 / k) + noise / k
 
     def _divergence(self) -> Tensor:
-        log_scale = self.log_pi - torch.lgamma(1 + 1 / self.sharpness)
+        log_scale = self.log_pi - lgamma(1 + 1 / self.sharpness)
         rate = self._over_keys(self.prior)[..., None].clamp(min=FLOOR)
         return self._over_keys(weibull_gamma(self.sharpness, log_scale, self.prior, rate))
 
@@ -157,7 +158,7 @@ class LogNormal(Law):
     def _divergence(self) -> Tensor:
         variance, b = self.sharpness**-2, self.prior
         total = self._over_keys(b)[..., None].clamp(min=FLOOR)
-        loc, spread = torch.digamma(b) - total.log(), torch.polygamma(1, b)
+        loc, spread = digamma(b) - total.log(), trigamma(b)
         shift = self.log_pi - 0.5 * variance - loc
         ratio = variance / spread
         return self._over_keys(0.5 * (ratio + shift.square() / spread - 1 - ratio.log()))
@@ -176,100 +177,23 @@ def weibull_gamma(k: Tensor, log_scale: Tensor, a: Tensor, rate: Tensor) -> Tens
     """KL(Weibull(k, scale) || Gamma(a, rate)), nats (Bauckhage 2014)."""
     euler = 0.5772156649015329
     return (
-        euler * a / k - a * log_scale + k.log() + rate * (log_scale + torch.lgamma(1 + 1 / k)).exp()
-        - euler - 1 - a * rate.log() + torch.lgamma(a)
+        euler * a / k - a * log_scale + k.log() + rate * (log_scale + lgamma(1 + 1 / k)).exp()
+        - euler - 1 - a * rate.log() + lgamma(a)
     )  # fmt: skip
 
 
-def _noise(ask: Ask | None, like: Tensor, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    return (draw(like.shape) if ask is None else ask("weights", like.shape, draw)).to(like)
+def _noise(ask: Ask | None, like: Tensor, draw: Draw, name: str = "weights") -> Tensor:
+    return (draw(like.shape) if ask is None else ask(name, like.shape, draw)).to(like)
 
 
 def _log_exponential(shape: Sequence[int]) -> Tensor:
-    u = torch.rand(shape)
-    return (-u.clamp(min=torch.finfo(u.dtype).tiny).log()).log()
+    return (-log_uniform(shape)).log()
 
 
-class _Excess(torch.autograd.Function):
+def _excess(a: Tensor, b: Tensor) -> Tensor:
     """(a - b) digamma(a) - log Gamma(a) + log Gamma(b), whose slope in a is (a - b) trigamma(a)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        known = _digamma(a)
-        return (a - b) * known - torch.lgamma(a) + torch.lgamma(b), known
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Any) -> tuple[Any, Any]:  # type: ignore[override]
-        a, b, known = ctx.saved_tensors
-        of_b = None
-        if ctx.needs_input_grad[1]:
-            of_b = (slope * (_digamma(b) - known)).sum_to_size(b.shape)
-        return slope * (a - b) * torch.polygamma(1, a), of_b
-
-
-def _digamma(x: Tensor) -> Tensor:
-    """Of positive numbers, to 1e-8: a series at x + 4. Torch's goes entry by entry, slower."""
-    below = 1 / x
-    for step in (1, 2, 3):
-        below = below + 1 / (x + step)
-    r = 1 / (x + 4)
-    s = r * r
-    series = s * (1 / 12 - s * (1 / 120 - s * (1 / 252 - s / 240)))
-    return -r.log() - 0.5 * r - series - below
-
-
-class _LogGamma(torch.autograd.Function):
-    """Log of a Gamma(a, 1) draw: Gamma(a + 1) u^(1/a), which does not underflow at small a.
-
-    The derivative in a is implicit (Figurnov, Mohamed, Mnih 2018), in both factors.
-    """
-
-    @staticmethod
-    def forward(a: Tensor, u: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        g = _gamma(a + 1)
-        boost = u.clamp(min=torch.finfo(u.dtype).tiny).log_().div_(a)
-        return g.log().add_(boost), g, boost
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(inputs[0], *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        a, g, boost = ctx.saved_tensors
-        implicit: Any = torch._standard_gamma_grad(a + 1, g)  # pyright: ignore
-        return slope * (implicit / g - boost / a), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        """All lanes in one call: it works entry by entry."""
-        pairs = zip(args, in_dims, strict=True)
-        a, u = (x[None] if axis is None else x.movedim(axis, 0) for x, axis in pairs)
-        return _LogGamma.apply(*torch.broadcast_tensors(a, u)), (0, 0, 0)
-
-
-def _gamma(a: Tensor) -> Tensor:
-    """Draws of Gamma(a, 1) for a of at least 1 (Marsaglia, Tsang 2000); torch's take twice as long.
-
-    One proposal in twenty is refused at most, and drawn again.
-    """
-    d = a - 1 / 3
-    x = torch.randn_like(a)
-    root = (9 * d).rsqrt_().mul_(x).add_(1)
-    v = (root * root).mul_(root)
-    above = v.log().sub_(v).add_(1).mul_(d).addcmul_(x, x, value=0.5)  # NaN where v < 0: refused
-    refused = ~(torch.rand_like(a).log_() < above)
-    g = d.mul_(v)
-    if bool(refused.any()):
-        g[refused] = _gamma(a[refused])
-    return g
+    with torch.no_grad():
+        known = digamma(a)
+        value = (a - b) * known - lgamma(a) + lgamma(b)
+        of_a, of_b = (a - b) * trigamma(a), digamma(b) - known
+    return sloped(value, (a, of_a), (b, of_b))

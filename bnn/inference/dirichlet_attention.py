@@ -16,6 +16,8 @@ and annealed. New rows have no y: their attention is drawn from q, which looks a
 
 Cinquin et al. do not publish their map from scores to concentrations; ours is theirs in spirit. To
 c pi and k pi .01 is added: without it KL and slope have no bound at keys far from attended to.
+A draw is a ratio of gammas, and these are a fitted function of normal and uniform noise, to 4e-6 of
+their logarithm, about what float32 rounds: so steps are compiled as `MAP`'s are.
 
 When not to use it: to know how sure a net is of its weights. The authors found it no better than
 its baselines; so it is on the benchmarks' digits, and not on their words. A label tells of a row a

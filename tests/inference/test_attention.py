@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributions as td
+from scipy import special
+from scipy.stats import kstest
 
 from bnn.inference._attention import Rule
-from bnn.inference._attention_laws import FLOOR, LAWS, _digamma, weibull_gamma
+from bnn.inference._attention_laws import FLOOR, LAWS, weibull_gamma
 
 NAMES = sorted(LAWS)
 
@@ -37,11 +40,6 @@ def test_kl_of_dirichlets():
         torch.testing.assert_close(law.log_prob(torch.zeros(1, 3)), -expected)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_digamma_is_torchs():
-    x = torch.logspace(-3, 5, 1_000, dtype=torch.float64)
-    torch.testing.assert_close(_digamma(x), torch.digamma(x), rtol=1e-7, atol=1e-7)
 
 
 def test_slopes_of_the_kl_are_those_of_torch():
@@ -107,6 +105,34 @@ def test_draws_and_their_slope_are_those_of_a_dirichlet():
         known = (float(alpha.sum()) * torch.eye(3)[i] - alpha[i]) / alpha.sum() ** 2
         error = each.std(0) / count**0.5
         assert ((each.mean(0) - known).abs() < 3 * error).all()
+
+
+def _beta(log_x, a, b):
+    """Beta(a, b)'s distribution function, also where x is too small for a float."""
+    p = special.betainc(a, b, np.exp(log_x))
+    tiny = log_x < -30  # there p = x^a / (a B(a, b))
+    p[tiny] = np.exp(a * log_x[tiny] - np.log(a) - special.betaln(a, b))
+    return p
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [[0.01] * 2, [0.01] * 64, [0.01, 1_000.0], [0.02, 0.3, 5.0], [1_000.0] * 3, [0.5] * 1_000],
+    ids=["little", "many little", "far apart", "mixed", "sharp", "many"],
+)
+def test_marginals_are_betas(alpha):
+    """Of the first weight, by Kolmogorov and Smirnov's distance at p = .001."""
+    torch.manual_seed(0)
+    alpha = torch.tensor(alpha)
+    count = 2_000_000 // max(len(alpha), 40)
+    law = _law("dirichlet", torch.zeros(count, len(alpha)))
+    law.concentration = alpha.expand(count, -1)
+    log_s = law._log_s(None).double()
+    log_a = log_s[:, 0] - log_s.logsumexp(-1)
+    log_rest = log_s[:, 1:].logsumexp(-1) - log_s.logsumexp(-1)
+    a, b = float(alpha[0]), float(alpha[1:].double().sum())
+    p = np.where(log_a < log_rest, _beta(log_a.numpy(), a, b), 1 - _beta(log_rest.numpy(), b, a))
+    assert kstest(p, "uniform").statistic * count**0.5 < 1.95
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 1e-2])

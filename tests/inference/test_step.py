@@ -103,6 +103,29 @@ def test_dropout_has_a_graph(regression, hasty, monkeypatch, method):
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 10},
+        {"concentration": "evidence", "prior": "uniform"},
+        {"family": "weibull"},
+        {"family": "lognormal", "prior_concentration": None},
+    ],
+    ids=["dirichlet", "evidence", "weibull", "lognormal"],
+)
+def test_every_law_of_attention_has_a_graph(hasty, monkeypatch, settings):
+    monkeypatch.setattr(_step, "compiled", _graph_itself)
+    torch.manual_seed(0)
+    x, y = torch.randint(9, (20, 5)), torch.randint(2, (20,))
+    model = bnn.models.transformer_classification(
+        5, 2, vocabulary=9, padding=0, width=8, heads=2, layers=1
+    )
+    method = bnn.DirichletAttention(steps=30, learning_rate=0.005, draws=5, **settings)
+    fast, plainly, route = _both(monkeypatch, model, x, y, method=method)
+    assert route == "compiled"
+    _agree(fast, plainly)
+
+
+@pytest.mark.parametrize(
     "method",
     [
         bnn.SGHMC(chains=3, warmup=40, steps=60, draws=10, batch_size=10),
