@@ -18,6 +18,7 @@ import pyro
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from bnn import contract, files
 from bnn.data import Data, some_rows
@@ -63,16 +64,27 @@ def _known_again(loader: Any) -> str | None:
     """The fingerprint of some rows of a loader; None where it has none, or gives them at random."""
     seen = []
     for number in range(2):
-        with seeded(np.random.SeedSequence(number)):
-            rows = some_rows(loader)
-        seen.append(None if rows is None or not _numbers(rows) else fingerprint(rows))
-    return seen[0] if seen[0] == seen[1] else None
+        try:
+            with seeded(np.random.SeedSequence(number)):
+                seen.append([fingerprint(row) for row in some_rows(loader) if _numbers(row)])
+        except Exception:  # a dataset may have no such rows, and raise what it likes
+            return None
+    return fingerprint(seen[0]) if seen[0] and seen[0] == seen[1] else None
 
 
-def _numbers(rows: list[Any]) -> bool:
+def _numbers(row: Any) -> bool:
     """True of what is made of arrays, numbers and texts alone: it is the same in every process."""
     known = Tensor, np.ndarray, np.generic, bool, int, float, str
-    return all(isinstance(leaf, known) for leaf in tree_leaves(rows))
+    return all(isinstance(leaf, known) for leaf in tree_leaves(row))
+
+
+def _batches(data: Data) -> dict[str, Any]:
+    """What a loader says of its batches: how large, how many in a pass, and in which order."""
+    given, told = data.loader, {"batches": data.epoch(None)}
+    if isinstance(given, DataLoader):
+        order = [type(each).__name__ for each in (given.batch_sampler, given.sampler)]
+        told |= {"batch size": given.batch_size, "order": " of ".join(order)}
+    return told
 
 
 def files_of_fit(
@@ -87,7 +99,7 @@ def files_of_fit(
         told: dict[str, Any] = {"contents": files.digest("", tensors)}
     else:  # its first batch has its rows in any order
         shapes = [str(tuple(v.shape[1:])) for v in data.tensors]
-        told = {"shapes": shapes, "some rows": _known_again(data.loader)}
+        told = {"shapes": shapes, **_batches(data), "some rows": _known_again(data.loader)}
     identity = {
         "data": {"names": list(data.names), "rows": data.rows, **told},
         "model": fingerprint(model),
@@ -255,7 +267,7 @@ def _data(
     )
     if not right:
         raise CheckpointError(f"{path} contradicts itself: its data are not those it lists.")
-    loader = None if kept else torch.utils.data.DataLoader([])  # type: ignore[arg-type]
+    loader = None if kept else DataLoader([])  # type: ignore[arg-type]
     return Data(args, tuple(names), columns, manifest["rows"], loader)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 
 from bnn import processes
 from bnn.errors import CheckpointError, DataError
@@ -277,18 +277,36 @@ def loader_generators(loader: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def some_rows(loader: Any) -> list[Any] | None:
+def some_rows(loader: Any) -> Iterator[Any]:
     """Rows of a loader, evenly spaced from the first to the last, in whatever form it keeps them.
 
-    None where it cannot be asked for a row: an iterable shows what it has once it is gone through.
+    A loader with workers gives them by one: what a dataset opens, it is to open there.
+
+    Raises:
+        Exception: whatever a dataset raises that has no length or other keys than 0, 1, ...
     """
     if isinstance(loader, Mapped):
-        return [array[_spread(loader.rows)] if array.ndim else array for array in loader.arrays]
-    rows: Any = getattr(loader, "dataset", None)
-    try:
-        return [rows[int(row)] for row in _spread(len(rows))]
-    except Exception:  # a dataset may have other keys than 0, 1, ..., and raise what it likes
-        return None
+        chosen = _spread(loader.rows)
+        yield from (array[chosen] if array.ndim else array for array in loader.arrays)
+        return
+    sampler, rows = loader.sampler, loader.dataset
+    part = sampler.indices if isinstance(sampler, SubsetRandomSampler) else range(len(rows))
+    chosen = [int(part[row]) for row in _spread(len(part))]
+    if not loader.num_workers:
+        yield from (rows[row] for row in chosen)
+        return
+    yield from DataLoader(
+        *(rows, None),
+        sampler=chosen,
+        num_workers=1,
+        collate_fn=_unchanged,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def _unchanged(row: Any) -> Any:
+    return row
 
 
 def _spread(rows: int) -> np.ndarray:
@@ -429,7 +447,9 @@ def _array(arg: Any, name: str) -> np.ndarray:
         )
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         array = array.astype(np.int64)
-    return array
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)  # torch has no wider one
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _check_finite(tensor: Tensor, name: str, columns: list[str]) -> None:

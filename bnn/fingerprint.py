@@ -43,8 +43,7 @@ def _parts(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
     seen[id(thing)] = thing  # kept, so that its id is not given again
     inside: list[Any] = []
     if isinstance(thing, Tensor | np.ndarray | np.generic):
-        tensor = torch.as_tensor(thing) if _numeric(thing) else torch.zeros(0)
-        yield digest("", {"": tensor.detach()})
+        yield digest("", {"": _tensor(thing)})
     elif isinstance(thing, torch.nn.Module):
         yield repr(thing)
         yield from (f"{k} {v.dtype} {tuple(v.shape)}" for k, v in thing.state_dict().items())
@@ -79,8 +78,13 @@ def _parts(thing: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
         yield from _parts(each, seen, depth + 1)
 
 
-def _numeric(array: Any) -> bool:
-    return isinstance(array, Tensor) or array.dtype.kind in "biuf"
+def _tensor(array: Any) -> Tensor:
+    """Its numbers; none of what is not made of numbers that torch has."""
+    if isinstance(array, Tensor):
+        return array.detach()
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        return torch.zeros(0)
+    return torch.as_tensor(np.array(array, array.dtype.newbyteorder("="), order="C"))
 
 
 def _of_function(function: types.FunctionType) -> list[Any]:

@@ -22,11 +22,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import bnn
 from bnn import files, handlers, run
-from bnn.data import Data
+from bnn.data import Data, some_rows
 from bnn.fingerprint import fingerprint
 from bnn.inference._optimise import Ascent, maximise
 
@@ -388,6 +388,63 @@ def test_other_rows_behind_a_loader_are_told(stop, tmp_path, given):
     stop(10**9)
     again = given(tmp_path / "c", Y)
     assert bnn.fit(model, *again, method=method, checkpoint=tmp_path / "run").complete
+
+
+@pytest.mark.parametrize(
+    ("field", "changed"),
+    [
+        ("batch size", {"batch_size": 5}),
+        ("order", {"shuffle": True}),
+        ("batches", {"drop_last": True}),
+        ("some rows", {"sampler": SubsetRandomSampler(range(10))}),
+    ],
+)
+def test_other_batches_are_other_data(stop, tmp_path, field, changed):
+    """A fold of other rows, by the same dataset; batches of other sizes, or in another order."""
+    part = {"sampler": SubsetRandomSampler(range(10, 20))} if "sampler" in changed else {}
+    method, rows = bnn.SVI(steps=80, draws=10), TensorDataset(X[:22], Y[:22])
+    stop(20)
+    given = DataLoader(rows, **{"batch_size": 6, **part})
+    bnn.fit(model, given, method=method, checkpoint=tmp_path)
+    stop(10**9)
+    again = DataLoader(rows, **{"batch_size": 6, **changed})
+    with pytest.raises(bnn.ResumeMismatch, match=f"other data:.*{field} was") as caught:
+        bnn.fit(model, again, method=method, checkpoint=tmp_path)
+    assert caught.value.field == "data"
+    assert bnn.fit(model, given, method=method, checkpoint=tmp_path).complete
+
+
+class _Opened(TensorDataset):
+    """Opens what it reads from at its first row, as files do that a worker must not inherit."""
+
+    handle = None
+
+    def __getitem__(self, index):
+        self.handle = self.handle or os.getpid()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_are_asked_of_a_worker_where_there_are_some(workers):
+    rows = _Opened(X, Y)
+    with handlers.seeded(np.random.SeedSequence(0)):
+        found = list(some_rows(DataLoader(rows, batch_size=6, num_workers=workers)))
+    assert torch.equal(torch.stack([x for x, _ in found]), X)
+    assert (rows.handle is None) == bool(workers)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.arange(3.0)[::-1],
+        np.arange(3, dtype=">f4"),
+        np.arange(3, dtype=np.longdouble),
+        np.float32(2.0),
+        np.array(["a", "b"]),
+    ],
+)
+def test_arrays_that_torch_does_not_take_have_a_fingerprint(rows):
+    assert fingerprint(rows) == fingerprint(rows.copy())
 
 
 @pytest.mark.parametrize("noisy", [True, False])
