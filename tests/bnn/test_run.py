@@ -716,17 +716,21 @@ fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
     + [pytest.param(n, 20, marks=pytest.mark.slow) for n in ("svi", "nuts", "mclmc", "ensemble")],
 )
 def test_kill_9_changes_no_bit(name, kills, tmp_path):
+    """So many that met the fit on its way; those that come after its end are not counted."""
+    whole = tensors(fit(name))
     start = time.perf_counter()
-    whole = tensors(fit(name, tmp_path / "whole"))
+    fit(name, tmp_path / "whole")  # what the first one compiled is there in the forks too
     seconds, rng, hits = time.perf_counter() - start, random.Random(name), 0
-    for kill in range(kills):
+    for kill in range(3 * kills):
         folder = tmp_path / str(kill)
         folder.mkdir()
         hits += killed_and_resumed(name, folder, rng.uniform(0.05, 0.9) * seconds)
         found = torch.load(folder / "result", weights_only=True)
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[k], v) for k, v in whole.items()), kill
-    assert hits >= kills / 2
+        if hits == kills:
+            return
+    raise AssertionError(f"{hits} of {kills} kills met the fit.")
 
 
 def dies_after(name, folder, count):
