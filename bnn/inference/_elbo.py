@@ -116,7 +116,10 @@ class Bound:
         return tuple(draw(shape) for draw, shape in self._needs(batch).values())
 
     def _needs(self, batch: tuple[Any, ...]) -> Needs:
-        """What a run asks for; the same for batches of the same shapes."""
+        """What a run asks for; the same for batches of the same shapes.
+
+        What the run draws by itself is put back: a fit that was stopped asks again.
+        """
         key = tuple(arg.shape for arg in batch) if self.rowwise else ()
         if key in self._asked:
             return self._asked[key]
@@ -130,7 +133,7 @@ class Bound:
             needs[name] = draw, (self.particles, *shape)
             return torch.zeros(tuple(shape))
 
-        with torch.no_grad():
+        with seeded(np.random.SeedSequence(0)), torch.no_grad():
             z, _ = self.family.sample(shared, self.particles)
             if self.rowwise is not None:
                 self._terms(z[0], batch, ask)

@@ -22,6 +22,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 import bnn
@@ -159,6 +160,34 @@ def test_a_fit_that_is_stopped_again_and_again_ends_at_the_same_bits(name, stop,
     kept = {"fit.safetensors", "posterior.safetensors", "lock"}
     assert set(os.listdir(tmp_path)) == kept
     assert same(bnn.load(tmp_path, model), whole)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        bnn.ConcreteDropout(steps=60, draws=5),
+        bnn.GFlowOut(steps=60, draws=5),
+        bnn.DirichletAttention(steps=60, draws=5, batch_size=7),
+        bnn.SVI(estimator="local", steps=60, draws=5),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_masks_and_attention_that_are_stopped_end_at_the_same_bits(method, stop, tmp_path):
+    """And a net that draws masks itself, in the runs that tell a bound what noise it takes."""
+    net, given = bnn.models.mlp_regression(2, (4,)), (X, Y)
+    if isinstance(method, bnn.DirichletAttention):
+        images = torch.rand(24, 4, 4, generator=torch.Generator().manual_seed(0))
+        net = bnn.models.vit((4, 4), 3, patch=2, width=4, heads=2, layers=1)
+        given = images, torch.arange(24) % 3
+    elif isinstance(method, bnn.SVI):
+        layers = nn.Linear(2, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 1)
+        net = bnn.models.supervised(nn.Sequential(*layers), bnn.models.likelihoods.Gaussian(0.3))
+    whole = bnn.fit(net, *given, method=method)
+    for at in (17, 30):
+        stop(at)
+        assert not bnn.fit(net, *given, method=method, checkpoint=tmp_path).complete
+    stop(10**9)
+    assert same(bnn.fit(net, *given, method=method, checkpoint=tmp_path), whole)
 
 
 def test_a_finished_fit_is_not_run_again(tmp_path, monkeypatch):
