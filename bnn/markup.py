@@ -23,6 +23,12 @@ def _row(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
+def runs(chains: int, draws: int, times: str = "x") -> str:
+    """`1 chain x 200 draws`."""
+    each = [f"{n:,} {noun}{'s' * (n != 1)}" for n, noun in ((chains, "chain"), (draws, "draw"))]
+    return f" {times} ".join(each)
+
+
 def items(lines: Iterable[str]) -> str:
     """A list of lines of text."""
     return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"

@@ -449,19 +449,17 @@ class Posterior:
         write(self, path)
 
     def __repr__(self) -> str:
-        chains, draws = self.shape
         sites = ", ".join(f"{k} {tuple(v.shape[2:])}" for k, v in list(self.draws.items())[:6])
         more = "" if len(self.draws) <= 6 else f", and {len(self.draws) - 6} more"
         elbo = "" if self.elbo is None else f", elbo {self.elbo:.2f}"
         stopped = "" if self.complete else "INCOMPLETE, "
         return (
             f"Posterior({stopped}{name_of(self.model)} by {self.method!r}: "
-            f"{chains} chains x {draws} draws of {sites}{more}; "
+            f"{markup.runs(*self.shape)} of {sites}{more}; "
             f"{self.data.rows} rows{elbo}, {self.seconds:.1f} s)"
         )
 
     def _repr_html_(self) -> str:
-        chains, draws = self.shape
         told = {"elbo": self.elbo, "log evidence": self.log_evidence}
         nats = "".join(f", {k} {v:.2f} nats" for k, v in told.items() if v is not None)
         rows = [
@@ -471,7 +469,7 @@ class Posterior:
         return markup.paragraph(
             f"Posterior of {name_of(self.model)} by {markup.settings(self.method)}"
             + ("" if self.complete else ": INCOMPLETE, the fit was stopped"),
-            f"{chains:,} chains × {draws:,} draws, {self.data.rows:,} rows, "
+            f"{markup.runs(*self.shape, times='×')}, {self.data.rows:,} rows, "
             f"{self.seconds:.1f} s{nats}",
         ) + markup.table(("site", "shape", "mean ± sd"), rows)
 

@@ -169,13 +169,13 @@ class Prediction(Predictive):
             f"; {name} {least:.3g} to {largest:.3g}"
             for name, (least, _, largest) in list(self._over_rows().items())[:2]
         )
-        return f"Prediction({rows} rows of {kind}, {chain} chains x {draw} draws{told})"
+        return f"Prediction({rows:,} rows of {kind}, {markup.runs(chain, draw)}{told})"
 
     def _repr_html_(self) -> str:
         chain, draw, rows = self.y.shape[:3]
         kind = "numbers" if self.probs is None else f"labels, {self.probs.shape[-1]} classes"
         page = markup.paragraph(
-            f"Prediction: {rows:,} rows of {kind}, {chain:,} chains × {draw:,} draws",
+            f"Prediction: {rows:,} rows of {kind}, {markup.runs(chain, draw, '×')}",
             *(f"local: {name} {tuple(value.shape[3:])}" for name, value in self.local.items()),
         )
         over = [(k, *(f"{v:.3g}" for v in each)) for k, each in self._over_rows().items()]

@@ -63,7 +63,7 @@ def posterior():
 def test_a_posterior_tells_its_method_model_sites_draws_and_seconds(posterior):
     text = shown(posterior)
     assert "Posterior of hostile by SVI(steps=50, draws=40)\n" in text
-    assert f"1 chains × 40 draws, 30 rows, {posterior.seconds:.1f} s, elbo" in text
+    assert f"1 chain × 40 draws, 30 rows, {posterior.seconds:.1f} s, elbo" in text
     draws = posterior.draws[HOSTILE].double()
     spread = f"{float(draws.mean()):.3g} ± {float(draws.std(correction=0)):.2g}"
     assert f"\n{HOSTILE}\n(1,)\n{spread}\n" in text
@@ -86,7 +86,7 @@ def test_a_posterior_of_many_sites_stays_short(posterior):
 def test_a_prediction_tells_its_rows_and_moments(posterior):
     prediction = posterior.predict(X[:7])
     text = shown(prediction)
-    assert "7 rows of numbers, 1 chains × 40 draws" in text
+    assert "7 rows of numbers, 1 chain × 40 draws" in text
     assert f"local: {HOSTILE} of a row ()" in text
     std = prediction.std
     told = "\n".join(f"{float(v):.3g}" for v in (std.min(), std.median(), std.max()))
