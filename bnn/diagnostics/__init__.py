@@ -8,6 +8,7 @@ tell by `Method.findings`.
 
 from typing import TYPE_CHECKING, Any
 
+from bnn import markup
 from bnn.diagnostics import collapse, convergence
 from bnn.diagnostics.functions import look
 from bnn.diagnostics.report import Finding, Report, warn
@@ -56,8 +57,7 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
             "drawn by the model's plate, or are too many."
         )
     rows = "" if looked is None else f"; {looked.name} at {len(looked.rows.unique())} rows"
-    runs = "1 chain" if chains == 1 else f"{chains} chains"
-    title = f"{posterior.method!r}: {runs} x {draws} draws{rows}"
+    title = f"{posterior.method!r}: {markup.runs(chains, draws)}{rows}"
     return Report(
         title=title, findings=tuple(each for each in found if each is not None), missing=missing
     )
