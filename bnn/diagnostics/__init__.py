@@ -54,7 +54,8 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
     if "log_q" in posterior.stats and not any("k-hat" in each.name for each in own):
         missing["k-hat of q"] = (
             "it takes the log density of all rows at each draw: rows came from a loader or are "
-            "drawn by the model's plate, or are too many."
+            "drawn by the model's plate, or are too many; or q holds a site at one value, and "
+            "leaves out all that this site adds to a width."
         )
     rows = "" if looked is None else f"; {looked.name} at {len(looked.rows.unique())} rows"
     title = f"{posterior.method!r}: {markup.runs(chains, draws)}{rows}"

@@ -115,7 +115,7 @@ def pareto_k(log_ratios: Tensor) -> float:
 
 
 def log_ratios(posterior: Posterior, quick: int = 1) -> Tensor | None:
-    """Ratios of the draws, (chain, draw); None where it cannot be had at a bearable cost.
+    """Ratios of the draws, (chain, draw); None where a site is held, or at an unbearable cost.
 
     Args:
         posterior: whose draws; of each chain the first, as many as time allows.
@@ -137,6 +137,8 @@ def log_ratios(posterior: Posterior, quick: int = 1) -> Tensor | None:
         else slot.transform.inv(posterior.draws[slot.name][:, :count])[..., None]
         for slot in energy.slots
     ]
+    if any(bool((part == part[:, :1]).all()) for part in parts):
+        return None  # a site is held, and q has no density there
     z = torch.cat(parts, -1).flatten(0, 1)  # (chain * draw, size)
     at = lambda one: energy.log_joint(one, data.tensors)
     step = max(1, _AT_ONCE // rows)

@@ -406,6 +406,9 @@ def test_the_last_layer_is_conjugate_given_its_features(settings, wave):
     assert ((v.double().mean(0) - mean).abs() / sd).max() < 4 / math.sqrt(50_000)
     assert (v.double().std(0) / sd - 1).abs().max() < 4 / math.sqrt(100_000)
     assert posterior.log_evidence is None  # of the last layer alone, w being chosen by the data
+    report = posterior.diagnose()  # q is exact for v, and knows nothing of w
+    assert not {"k-hat of q", "gap of q"} & {each.name for each in report.findings}
+    assert "holds a site" in report.missing["k-hat of q"]
 
 
 def test_a_last_layer_that_is_none_is_refused(wave):
