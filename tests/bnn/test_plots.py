@@ -193,6 +193,10 @@ def test_reliability_draws_the_share_of_right_labels():
     stated, label = labels().probs.max(-1)
     assert line.get_xdata()[0] == pytest.approx(stated.mean().item())
     assert line.get_ydata()[0] == pytest.approx((label == LABELS).float().mean().item())
+    curve = calibration.reliability(labels().probs, LABELS, bins=1)
+    (segments,) = (c.get_segments() for c in ax.containers[0].lines[2])
+    assert segments[0][:, 1] == pytest.approx([curve.lower.item(), curve.upper.item()])
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 1.02), (0, 1.05))
 
 
 def test_colours_can_be_told_apart_and_keep_their_meaning():
@@ -592,6 +596,23 @@ REPORT = Report(
         finding("k-hat", float("inf"), 0.7, True),
     ),
 )
+
+
+@pytest.mark.parametrize(("draw", "given"), [(plots.compare, TABLE), (plots.diagnose, REPORT)])
+def test_a_table_is_drawn_where_it_is_told_and_inside_its_figure(draw, given):
+    ax = draw(given, title="Title")
+    assert pyplot.get_fignums() == [1]
+    assert ax.get_title() == "Title"
+    ax.figure.canvas.draw()
+    box, whole = ax.get_tightbbox(), ax.figure.bbox
+    assert whole.x0 <= box.x0 + 1
+    assert box.x1 <= whole.x1 + 1
+    assert whole.y0 <= box.y0 + 1
+    assert box.y1 <= whole.y1 + 1
+    _, (first, second) = pyplot.subplots(1, 2)
+    assert draw(given, ax=second) is second
+    assert second.has_data()
+    assert not first.has_data()
 
 
 def test_diagnose_puts_what_is_doubtful_beyond_the_limit():
