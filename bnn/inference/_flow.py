@@ -256,7 +256,7 @@ class _Drawing:
         states = [each.state for each in self._generators if len(self.flow.places) > 1]
         log_z = self.log_z.expand(self.log_q.shape)
         every = (bits, self.log_q, self.log_p, log_z, *states)
-        self.others = tuple(each[1:] for each in every)
+        self.others, self.temperature = tuple(each[1:] for each in every), 1.0
         return self._stand(tuple(each[0] for each in every))
 
     def _stand(self, drawn: tuple[Tensor, ...]) -> Tensor:
