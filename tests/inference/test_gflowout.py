@@ -115,7 +115,7 @@ def check_enumerated(objective="log_variance", model=None, keep=0.5, **settings)
     y = model.data(x) if isinstance(model, Fixed) else torch.ones(16)
     joint = exact_law(model, x, y, keep)
     exact, log_z = joint.softmax(0), joint.logsumexp(0)
-    common = {"steps": 3_000, "particles": 16, "generator_learning_rate": 0.03, "prior_keep": keep}
+    common = {"steps": 1_500, "particles": 16, "generator_learning_rate": 0.03, "prior_keep": keep}
     posterior = fit(model, x, y, objective=objective, **common | settings)
     q = law_of(posterior.params).exp()
     assert abs(float(q.sum()) - 1) < 1e-4
