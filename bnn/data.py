@@ -296,7 +296,8 @@ def some_rows(loader: Any) -> Iterator[Any]:
         yield from (rows[row] for row in chosen)
         return
     yield from DataLoader(
-        *(rows, None),
+        rows,
+        batch_size=None,
         sampler=chosen,
         num_workers=1,
         collate_fn=_unchanged,

@@ -22,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 _ATEN = torch.ops.aten
+_MANY = 4  # rows for each column of a product that is turned
+_VECTOR = 16  # numbers that a loop takes at once, at most
 # Their decompositions fail unless half of the inductor happens to be imported: the route, and so
 # the draws, would depend on what ran before.
 _POOLS = (_ATEN.max_pool2d_with_indices.default, _ATEN.max_pool3d_with_indices.default)
@@ -251,9 +253,6 @@ def _rows_last(graph: GraphModule) -> GraphModule:
     graph.recompile()
     return graph
 
-
-_MANY = 4  # rows for each column
-_VECTOR = 16  # numbers, at most
 
 # tanh(x) = x P(x^2) / Q(x^2) on the interval where it is not +-1 in float32; highest power first.
 # The quotient of Eigen and XLA: within 2e-7.
