@@ -263,9 +263,11 @@ def of_weights(posterior: "Posterior") -> Finding | None:
         name="R-hat of weights",
         value=float(each.max()),
         threshold=None,
+        unlimited="weights are not identified",
         doubtful=False,
         meaning=f"Of {len(each)} entries of weights {share:.0%} differ between chains. Weights of "
-        "a net are not identified (units swap, signs flip), so this says nothing: read R-hat of f.",
+        "a net are not identified (units swap, signs flip), so this says nothing.",
+        advice="Read R-hat of f.",
     )
 
 
@@ -314,9 +316,11 @@ def of_starts(looked: Looked) -> Finding | None:
         name=f"R-hat of {looked.name}",
         value=float(each.max()),
         threshold=None,
+        unlimited="starts may lead apart",
         doubtful=False,
         meaning="Runs from several starts are a mixture, each with the same weight. Far above 1 "
         "they found different functions; no draw tells how much each deserves.",
+        advice="Raise restarts until predictions on held-out rows stay as they are.",
     )
 
 

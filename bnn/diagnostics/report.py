@@ -19,14 +19,24 @@ class Finding:
     Attributes:
         name: what it is, "R-hat of f".
         value: what was found.
-        threshold: where it becomes doubtful; None for what is told without a limit.
+        threshold: where it becomes doubtful; None for what has no limit.
+        unlimited: why there is none, where there is none.
         doubtful: True where the answer should not be trusted without a second look.
         meaning: what it says, in a sentence.
-        advice: what to do.
+        advice: what to do about it; of a finding with a limit, where it is doubtful.
+
+    Raises:
+        ValueError: it has no meaning or no advice; or a limit and a reason why there is none, or
+            neither.
 
     Example:
         >>> finding = Finding(
-        ...     name="R-hat of f", value=1.2, threshold=1.01, doubtful=True, meaning="Chains part."
+        ...     name="R-hat of f",
+        ...     value=1.2,
+        ...     threshold=1.01,
+        ...     doubtful=True,
+        ...     meaning="Chains part.",
+        ...     advice="Raise warmup.",
         ... )
         >>> finding.value > finding.threshold
         True
@@ -37,7 +47,28 @@ class Finding:
     threshold: float | None
     doubtful: bool
     meaning: str
-    advice: str = ""
+    advice: str
+    unlimited: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.meaning or not self.advice:
+            raise ValueError(f'Finding "{self.name}" says what it means, and what to do.')
+        if (self.threshold is None) != bool(self.unlimited):
+            raise ValueError(
+                f'Finding "{self.name}" has threshold={self.threshold!r} and '
+                f"unlimited={self.unlimited!r}. Pass a threshold, or None and why there is none."
+            )
+
+    @property
+    def limit(self) -> str:
+        """The threshold as it prints, or why there is none."""
+        return f"no limit: {self.unlimited}" if self.unlimited else f"limit {self.threshold:.4g}"
+
+    @property
+    def told(self) -> str:
+        """What it means; and what to do, unless it is within its limit."""
+        within = self.threshold is not None and not self.doubtful
+        return self.meaning if within else f"{self.meaning} {self.advice}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +84,19 @@ class Report:
 
     Example:
         >>> finding = Finding(
-        ...     name="R-hat of f", value=1.2, threshold=1.01, doubtful=True, meaning="Chains part."
+        ...     name="R-hat of f",
+        ...     value=1.2,
+        ...     threshold=1.01,
+        ...     doubtful=True,
+        ...     meaning="Chains part.",
+        ...     advice="Raise warmup.",
         ... )
         >>> Report(title="NUTS(): 4 chains x 100 draws", findings=(finding,))
         NUTS(): 4 chains x 100 draws
         1 doubtful of 1 findings
         <BLANKLINE>
         ! R-hat of f       1.2  limit 1.01
-            Chains part.
+            Chains part. Raise warmup.
     """
 
     title: str
@@ -92,11 +128,12 @@ class Report:
         name = max([len(each.name) for each in self.findings], default=0)
         lines = [*textwrap.wrap(self.title, width), self._verdict(), ""]
         for each in self._ordered():
-            limit = "" if each.threshold is None else f"limit {each.threshold:.4g}"
             head = f"{'!' if each.doubtful else ' '} {each.name:<{name}}  {each.value:>8.4g}  "
-            lines.append((head + limit).rstrip())
-            text = f"{each.meaning} {each.advice}" if each.doubtful else each.meaning
-            lines += textwrap.wrap(text, width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+            lines += textwrap.wrap(head + each.limit, width, subsequent_indent=" " * len(head))
+            indent = " " * 4
+            lines += textwrap.wrap(
+                each.told, width, initial_indent=indent, subsequent_indent=indent
+            )
         if self.missing:
             lines += ["", "Not looked at"]
         for what, why in self.missing.items():
@@ -109,13 +146,14 @@ class Report:
                 "doubtful" if each.doubtful else "",
                 each.name,
                 f"{each.value:.4g}",
-                "" if each.threshold is None else f"{each.threshold:.4g}",
-                f"{each.meaning} {each.advice}" if each.doubtful else each.meaning,
+                each.limit.removeprefix("limit "),
+                each.meaning,
+                each.advice,
             )
             for each in self._ordered()
         ]
         page = markup.paragraph(self.title, self._verdict())
-        page += markup.table(("", "finding", "value", "limit", "meaning"), rows)
+        page += markup.table(("", "finding", "value", "limit", "meaning", "what to do"), rows)
         if self.missing:
             page += markup.paragraph("Not looked at")
             page += markup.items(f"{what}: {why}" for what, why in self.missing.items())

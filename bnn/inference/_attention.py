@@ -297,10 +297,13 @@ def told(attended: Attended, args: tuple[Any, ...]) -> list[Finding]:
                 name=f"KL of {stem}.weights from its prior",
                 value=kl,
                 threshold=None if law.tied else _COLLAPSED,
+                unlimited="its prior has the mean of the scores" if law.tied else "",
                 doubtful=not law.tied and kl < _COLLAPSED,
                 meaning=f"A query's attention is {kl:.2g} nats from its prior, on average"
                 + (_FOLLOWS if law.tied else _EQUALS),
-                advice='Pass prior="scores"; or fewer layers, heads and queries, whose KL adds up.',
+                advice="Read the spread instead: a KL of 0 is no collapse here."
+                if law.tied
+                else 'Pass prior="scores"; or fewer layers, heads and queries, whose KL adds up.',
             ),
             Finding(
                 name=f"spread of {stem}.weights",
@@ -315,8 +318,10 @@ def told(attended: Attended, args: tuple[Any, ...]) -> list[Finding]:
                 name=f"keys that a query of {stem} looks at",
                 value=keys,
                 threshold=None,
+                unlimited="one key, and all, can be right",
                 doubtful=False,
                 meaning=f"The mean weights of a query are worth {keys:.2g} equal ones.",
+                advice="See which keys in bnn.plots.attention.",
             ),
         ]
     return found

@@ -104,8 +104,10 @@ def of_members(posterior: Posterior) -> list[Finding]:
             name="members",
             value=count,
             threshold=None,
+            unlimited="how exact a width has to be is for its use to say",
             doubtful=False,
             meaning=f"The standard deviation of {count} members is known to {error:.0%}.",
+            advice="Raise members fourfold to know it twice as well.",
         ),
     ]
 

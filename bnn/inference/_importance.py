@@ -50,9 +50,11 @@ def of_guide(posterior: Posterior) -> list[Finding]:
             name="gap of q",
             value=gap,
             threshold=None,
+            unlimited="nats grow with the number of weights",
             doubtful=False,
             meaning=f"KL(q || posterior) is about {gap:.2g} nats"
             + (", or more: with such a k too little is seen of it." if finding.doubtful else "."),
+            advice="Of two families for one model prefer that of the smaller gap.",
         ),
     ]
 

@@ -93,7 +93,12 @@ def diagnose(report: Report, *, title: str = "", ax: "Axes | None" = None) -> "A
 
     Example:
         >>> finding = Finding(
-        ...     name="R-hat of f", value=1.2, threshold=1.01, doubtful=True, meaning="Chains part."
+        ...     name="R-hat of f",
+        ...     value=1.2,
+        ...     threshold=1.01,
+        ...     doubtful=True,
+        ...     meaning="Chains part.",
+        ...     advice="Raise warmup.",
         ... )
         >>> ax = diagnose(Report(title="a fit", findings=(finding,)))
     """

@@ -509,28 +509,51 @@ def test_a_report_prints_the_doubtful_first_and_goes_to_json():
     bad = Finding(
         name="b < c", value=math.inf, threshold=1.0, doubtful=True, meaning="Bad.", advice="Mend."
     )
-    good = Finding(name="good", value=0.5, threshold=None, doubtful=False, meaning="Fine.")
-    report = Report(title="A fit", findings=(good, bad), missing={"k-hat": "no guide"})
+    told = {"doubtful": False, "meaning": "Fine.", "advice": "Rest."}
+    good = Finding(name="good", value=0.5, threshold=1.0, **told)
+    free = Finding(name="free", value=5, threshold=None, unlimited="a name", **told)
+    report = Report(title="A fit", findings=(good, free, bad), missing={"k-hat": "no guide"})
     assert report.doubtful == [bad]
     assert str(report).splitlines() == [
         "A fit",
-        "1 doubtful of 2 findings",
+        "1 doubtful of 3 findings",
         "",
         "! b < c       inf  limit 1",
         "    Bad. Mend.",
-        "  good        0.5",
+        "  good        0.5  limit 1",
         "    Fine.",
+        "  free          5  no limit: a name",
+        "    Fine. Rest.",
         "",
         "Not looked at",
         "k-hat: no guide",
     ]
     again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [each["name"] for each in again["findings"]] == ["b < c", "good"]
+    assert [each["name"] for each in again["findings"]] == ["b < c", "good", "free"]
+    assert again["findings"][2]["unlimited"] == "a name"
     assert again["findings"][0]["value"] is None
     page = report._repr_html_()
     assert "b &lt; c" in page
-    assert page.count("<tr>") == 3
+    assert page.count("<tr>") == 4
+    assert "no limit: a name" in page
     assert bool(report)
+
+
+@pytest.mark.parametrize(
+    ("without", "match"),
+    [
+        ({"meaning": ""}, "what it means"),
+        ({"advice": ""}, "what to do"),
+        ({"threshold": None}, "why there is none"),
+        ({"unlimited": "too"}, "why there is none"),
+    ],
+)
+def test_a_finding_says_its_limit_what_it_means_and_what_to_do(without, match):
+    whole = {"name": "a", "value": 1.0, "threshold": 2.0, "doubtful": False}
+    whole |= {"meaning": "Fine.", "advice": "Rest."}
+    assert Finding(**whole).limit == "limit 2"
+    with pytest.raises(ValueError, match=match):
+        Finding(**whole | without)
 
 
 def test_inputs_say_where_f_is_looked_at(healthy):

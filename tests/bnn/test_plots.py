@@ -582,7 +582,8 @@ def test_risk_coverage_draws_the_curve_and_tells_its_area():
 
 
 def finding(name, value, threshold, doubtful):
-    return Finding(name=name, value=value, threshold=threshold, doubtful=doubtful, meaning="")
+    told = {"meaning": "Told.", "advice": "Do.", "unlimited": "" if threshold is not None else "so"}
+    return Finding(name=name, value=value, threshold=threshold, doubtful=doubtful, **told)
 
 
 REPORT = Report(

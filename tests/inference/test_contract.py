@@ -249,10 +249,16 @@ def test_diagnose_reports(posterior):
     report = posterior.diagnose()
     assert report.findings
     assert len({each.name for each in report.findings}) == len(report.findings)
-    assert all(each.meaning and isinstance(each.doubtful, bool) for each in report.findings)
-    assert all(each.advice for each in report.doubtful)
+    printed = " ".join(str(report).split())
+    for each in report.findings:
+        assert isinstance(each.value, int | float), each.name
+        assert isinstance(each.doubtful, bool), each.name
+        assert each.meaning.endswith("."), each.name
+        assert each.advice.endswith("."), each.name
+        assert (each.threshold is None) == bool(each.unlimited), each.name
+        assert each.limit in printed, each.name
+        assert " ".join(each.told.split()) in printed, each.name
     json.dumps(report.to_dict(), allow_nan=False)
-    assert str(report)
 
 
 def test_arviz_opens_the_same_groups(posterior, tmp_path):
