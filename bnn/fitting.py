@@ -1,6 +1,5 @@
 """The verb: `fit` checks the model, seeds the generators and lets the method work."""
 
-import math
 import os
 import time
 import warnings
@@ -86,12 +85,15 @@ def fit(
         CheckpointError: `checkpoint` is damaged, no folder, or in use by another fit.
 
     Warns:
-        ConvergenceWarning: the fit was stopped; or what was looked at on the way makes the answer
-            doubtful: of a sampler divergences, energies, tree depth, R-hat of f at 20 rows and of
-            single numbers, with a limit that an effective sample size of 400 just keeps; of an
-            optimiser an objective that still rose; of a guide or a Gaussian at a mode its k-hat,
-            where rows times draws are few enough to look; of a loader rows that it never shows; of
-            some methods what they alone can tell. `Posterior.diagnose` looks at more, and longer.
+        ConvergenceWarning: the fit was stopped; or a finding makes the answer doubtful, one warning
+            for each cause. The checks are those of `Posterior.diagnose`, at 20 rows and fewer
+            draws, in a fraction of a second: of a sampler divergences, energies, tree depth, R-hat
+            and effective sample size of f and of single numbers; of an optimiser an objective that
+            still rose; of a guide or a Gaussian at a mode its k-hat; of members that they are all
+            alike; a posterior without variance (but where that is what a method is, such as `MAP`),
+            that equals the prior, or whose ELBO is below the prior's; of a loader rows that it
+            never shows; of some methods what they alone can tell. Checks of many rows, draws or
+            weights that would take longer are left to `diagnose`.
         CheckpointWarning: a save failed (no room), and the fit goes on.
 
     Example:
@@ -222,8 +224,7 @@ def approximate(
     Raises:
         Interrupted: the run was stopped with nothing to make a posterior of.
     """
-    weights = sum(math.prod(site.shape) for site in sites.latent.values())
-    work = len(data.observations) * weights * method.abreast
+    work = len(data.observations) * sites.size * method.abreast
     whole = Part(
         *(model, data, sites, method, seed_sequence(seed), torch.get_default_dtype(), work),
         folder=run.folder,

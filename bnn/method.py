@@ -105,13 +105,18 @@ class Method(ABC):
         """The callable that, run at one draw, samples the observations. Default: the model."""
         return model
 
+    @property
+    def is_point(self) -> bool:
+        """True of settings whose answer is one value, so that no variance is nothing to warn of."""
+        return False
+
     def findings(self, posterior: "Posterior") -> "Sequence[Finding]":
         """What only this method can tell of its fit, for `Posterior.diagnose`. Default: nothing."""
         return ()
 
     def at_fit(self, posterior: "Posterior") -> "Sequence[Finding]":
-        """Those that cost little, and that `fit` warns of by itself. Default: nothing."""
-        return ()
+        """Those that `fit` warns of where they are doubtful. Default: all; leave out what costs."""
+        return self.findings(posterior)
 
 
 def name_of(model: Model) -> str:

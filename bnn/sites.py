@@ -1,5 +1,6 @@
 """Sites: what the contract check finds in a model, and what a method may ask of it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,11 @@ class Sites:
     def globals(self) -> tuple[str, ...]:
         """Latent sites outside the data plate: the ones whose draws carry over to new rows."""
         return tuple(name for name, site in self.latent.items() if not site.local)
+
+    @property
+    def size(self) -> int:
+        """Numbers in all latent sites together."""
+        return sum(math.prod(site.shape) for site in self.latent.values())
 
     @property
     def subsampled(self) -> bool:

@@ -6,11 +6,12 @@ numbers such as a noise scale. Nothing here asks which method it was; a method a
 tell by `Method.findings`.
 """
 
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from bnn import markup
 from bnn.diagnostics import collapse, convergence
-from bnn.diagnostics.functions import look
+from bnn.diagnostics.functions import Looked, glance, look
 from bnn.diagnostics.report import Finding, Report, warn
 from bnn.errors import ModelError
 
@@ -21,10 +22,21 @@ __all__ = ["Finding", "Report", "at_fit", "diagnose", "warn"]
 
 
 def at_fit(posterior: "Posterior") -> list[Finding]:
-    """What every fit looks at by itself, for it costs little."""
-    rows = collapse.minibatches(posterior)
-    own = posterior.method.at_fit(posterior)
-    return [*convergence.at_fit(posterior), *([] if rows is None else [rows]), *own]
+    """What every fit warns of: doubtful findings of `diagnose`, told from less, each cause once.
+
+    Of what chains disagree about the worst is told, and only without it what their draws are worth.
+    That draws are all the same is news where nothing else says so, and the method is not a point.
+    """
+    found = _found(posterior, glance(posterior), quick=True)
+    found = [each for each in [*found, *posterior.method.at_fit(posterior)] if each.doubtful]
+    apart = [each for each in found if each.name.startswith("R-hat of")]
+    short = [each for each in found if " ESS of " in each.name]
+    told = [max(apart, key=lambda each: each.value)] if apart else []
+    if short and not apart:
+        told = [min(short, key=lambda each: each.value)]
+    rest = [each for each in found if each not in apart and each not in short]
+    known = posterior.method.is_point or posterior.shape == (1, 1) or len(rest) + len(told) > 1
+    return [*(each for each in rest if not (known and each.name == collapse.SPREAD)), *told]
 
 
 def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
@@ -35,20 +47,13 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
         looked = look(posterior, *inputs)
     except ModelError as error:
         looked, missing["f"] = None, str(error)
-    found: list[Finding | None] = []
-    worth = float(chains * draws)
+    found: list[Finding | None] = [*_found(posterior, looked)]
     if convergence.sampled(posterior):
-        found += convergence.of_sampler(posterior.stats)
-        chain = convergence.of_chains(posterior, looked)
-        found += chain
-        worth = min([each.value for each in chain if each.name == "bulk ESS of f"] or [worth])
+        found.append(convergence.of_weights(posterior))
     elif chains > 1 and looked is not None:
         found.append(convergence.of_starts(looked))
     else:
         missing["R-hat, ESS"] = "draws of one run, not of Markov chains: nothing could disagree."
-    if looked is not None:
-        found += [collapse.spread(looked), collapse.against_prior(posterior, looked, worth)]
-    found += [collapse.balance(posterior), collapse.minibatches(posterior)]
     own = posterior.method.findings(posterior)
     found += own
     if "log_q" in posterior.stats and not any("k-hat" in each.name for each in own):
@@ -62,3 +67,21 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
     return Report(
         title=title, findings=tuple(each for each in found if each is not None), missing=missing
     )
+
+
+def _found(posterior: "Posterior", looked: Looked | None, *, quick: bool = False) -> list[Finding]:
+    """What says the answer is doubtful, whichever method it is of."""
+    chains, draws = posterior.shape
+    found: list[Finding | None] = []
+    worth = float(chains * draws)
+    if convergence.sampled(posterior):
+        chain = convergence.of_chains(posterior, looked)
+        found = [*convergence.of_sampler(posterior.stats), *chain]
+        worth = min([each.value for each in chain if each.name == "bulk ESS of f"] or [worth])
+    if looked is not None:
+        found.append(collapse.spread(looked))
+        # a check must not lose a fit: `diagnose` says what is wrong with it
+        with suppress(RuntimeError, ValueError) if quick else nullcontext():
+            found += collapse.since_prior(posterior, looked, worth, quick=quick)
+    found.append(collapse.minibatches(posterior))
+    return [each for each in found if each is not None]

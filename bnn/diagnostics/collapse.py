@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 
+from bnn.data import take
 from bnn.diagnostics.functions import Looked, thinned
 from bnn.diagnostics.report import Finding
+from bnn.prediction import Prediction
 from bnn.prior import prior_draws
 
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
 _EVEN = SequentialSampler | RandomSampler | SubsetRandomSampler  # each of their rows alike
+SPREAD = "spread of f"
 _POINT = 1e-4  # of the predictive sd: the doubt that 10^8 rows leave, and float32 resolves
 _PRIOR_DRAWS = 200
 _MATTERS = 0.1  # nats
 _FEWEST = 20  # draws: the law of fewer is not seen
 _WEIGHTS = 10_000  # of larger nets fewer draws are looked at: a few seconds
+_QUICK_ROWS, _QUICK_WEIGHTS = 200, 2_500_000  # at a fit: rows, and weights at most
 _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63) = .01
 
 
@@ -39,7 +43,7 @@ def spread(looked: Looked) -> Finding | None:
         value = float(pooled.std(0, correction=0).max() / size)
     none = not value >= _POINT
     return Finding(
-        name="spread of f",
+        name=SPREAD,
         value=value,
         threshold=_POINT,
         doubtful=none,
@@ -52,25 +56,50 @@ def spread(looked: Looked) -> Finding | None:
     )
 
 
-def against_prior(posterior: "Posterior", looked: Looked, worth: float) -> Finding | None:
-    """Distance of f under the posterior from f under the prior.
+def since_prior(
+    posterior: "Posterior", looked: Looked, worth: float, *, quick: bool = False
+) -> list[Finding]:
+    """What the data have done: to f, and to the bound.
 
     Args:
         posterior: whose model has the prior.
         looked: f at some rows.
         worth: independent draws that those of the posterior are worth.
+        quick: few draws of the prior; as many as else only where these cannot tell.
     """
     if looked.prediction is None or not posterior.sites.predicts or not looked.rows.numel():
+        return []
+    if quick and (posterior.sites.size > _QUICK_WEIGHTS or _nothing(posterior, worth)):
+        return []
+    moved = None
+    latent: dict[str, Tensor] = {}
+    for draws in (_FEWEST, _PRIOR_DRAWS) if quick else (_PRIOR_DRAWS,):
+        latent, before = prior_draws(posterior.model, looked.inputs, posterior.sites, draws, seed=0)
+        moved = None if before is None else against_prior(before, looked.prediction, worth)
+        if moved is None or not moved.doubtful:
+            break
+    found = [moved, balance(posterior, latent, quick=quick)]
+    return [each for each in found if each is not None]
+
+
+def _nothing(posterior: "Posterior", worth: float) -> bool:
+    return posterior.elbo is None and (worth < _FEWEST or posterior.method.is_point)
+
+
+def against_prior(before: Prediction, after: Prediction, worth: float) -> Finding | None:
+    """Distance of f under the posterior from f under the prior, at the same rows.
+
+    Args:
+        before: the prior's.
+        after: the posterior's.
+        worth: independent draws that its draws are worth.
+    """
+    if before.f.shape[2:] != after.f.shape[2:] or worth < _FEWEST:
         return None
-    before = prior_draws(posterior.model, looked.inputs, posterior.sites, _PRIOR_DRAWS, seed=0)[1]
-    if before is None or before.f.shape[2:] != looked.prediction.f.shape[2:]:
-        return None
-    if worth < _FEWEST:
-        return None
-    f = looked.prediction.f.flatten(2).flatten(0, 1).double()
+    f = after.f.flatten(2).flatten(0, 1).double()
     distance = float(kolmogorov(f, before.f.flatten(2).flatten(0, 1).double()).mean())
     count = max(min(worth, len(f)), 1)
-    limit = _CERTAIN * math.sqrt(1 / count + 1 / _PRIOR_DRAWS)
+    limit = _CERTAIN * math.sqrt(1 / count + 1 / before.f.shape[1])
     same = distance < limit
     return Finding(
         name="distance from the prior",
@@ -97,25 +126,36 @@ def kolmogorov(x: Tensor, y: Tensor) -> Tensor:
     return (shares[0] - shares[1]).abs().amax(1)
 
 
-def balance(posterior: "Posterior") -> Finding | None:
+def balance(
+    posterior: "Posterior", latent: dict[str, Tensor], *, quick: bool = False
+) -> Finding | None:
     """The ELBO against that of a guide which stays at the prior, E_prior[log p(y | w)].
 
     KL(q || prior) = E_q[log p(y | w)] - ELBO is what q pays to leave the prior; an optimum among
     guides that could have stayed there gains more by it than it pays.
+
+    Args:
+        posterior: of a guide.
+        latent: draws of the prior, (1, draw, *site) each.
+        quick: of many rows some are looked at, and the limit allows for what they leave open.
     """
     sites, data = posterior.sites, posterior.data
     rows_apart = sites.row_axis is not None and sites.every_row and not sites.locals
     if posterior.elbo is None or data.loader is not None or not rows_apart:
         return None
-    latent, _ = prior_draws(posterior.model, data.inputs, sites, _PRIOR_DRAWS, seed=0)
     if set(posterior.draws) - set(latent) or not posterior.draws:
         return None  # sites of the method's own
-    ours, theirs = (_likelihoods(each) for each in (posterior, replace(posterior, draws=latent)))
-    if len(theirs) < _FEWEST:
+    some = None
+    if quick and data.rows > _QUICK_ROWS:
+        if sites.plate is None or len(data.names) < 2:
+            return None  # rows may see each other, or the model counts them
+        some = torch.linspace(0, data.rows - 1, _QUICK_ROWS).round().long()
+    before = replace(posterior, draws={k: latent[k] for k in posterior.draws})
+    theirs, error, count = _likelihood(before, some, quick)
+    if count < _FEWEST:
         return None
-    error = float(theirs.std()) / math.sqrt(len(theirs))
-    ours, theirs = float(ours.mean()), float(theirs.mean())
     above, limit = posterior.elbo - theirs, -_MATTERS - 4 * error
+    ours = _likelihood(posterior, some, quick)[0]
     return Finding(
         name="ELBO above the prior's",
         value=above,
@@ -129,11 +169,26 @@ def balance(posterior: "Posterior") -> Finding | None:
     )
 
 
-def _likelihoods(posterior: "Posterior") -> Tensor:
-    """Log p(y | w) of as many draws as memory and time allow, (draw,)."""
-    weights = sum(v[0, 0].numel() for v in posterior.draws.values())
-    some = thinned(posterior, None, posterior.data.rows * max(1, weights // _WEIGHTS))
-    return some.log_likelihood().double().sum(-1).flatten()
+def _likelihood(
+    posterior: "Posterior", some: Tensor | None, quick: bool
+) -> tuple[float, float, int]:
+    """E[log p(y | w)] of all rows, told from some of them; its standard error; draws.
+
+    Of as many draws as memory and time allow.
+    """
+    data, size = posterior.data, posterior.sites.size
+    rows = data.rows if some is None else len(some)
+    few = thinned(posterior, _FEWEST if quick else None, rows * max(1, size // _WEIGHTS))
+    each = few.log_likelihood(*(() if some is None else take(data.tensors, some)))
+    each = each.double().flatten(0, 1)  # (draw, row)
+    variance = float(each.sum(1).var()) / len(each)
+    if some is not None:
+        variance += rows * float(each.mean(0).var())
+    return (
+        float(each.sum(1).mean()) * data.rows / rows,
+        math.sqrt(variance) * data.rows / rows,
+        len(each),
+    )
 
 
 def minibatches(posterior: "Posterior") -> Finding | None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bnn.diagnostics.functions import Looked, look
+from bnn.diagnostics.functions import Looked
 from bnn.diagnostics.report import Finding
-from bnn.errors import ModelError
 
 if TYPE_CHECKING:
     from bnn.posterior import Posterior
@@ -19,7 +18,6 @@ RHAT_LIMIT = 1.01  # the same, of four chains; see `rhat_limit`
 BFMI_LIMIT = 0.3  # Betancourt (2016); Stan's check
 SATURATED = 0.05  # share of trajectories: more, and the draws cost more than they should
 _ENTRIES = 1_000  # of all weights: as many are looked at
-_ROWS, _DRAWS = 20, 4_000  # of f, where every fit looks at it
 
 
 def rhat_limit(chains: int) -> float:
@@ -46,11 +44,10 @@ def rhat(x: Tensor) -> Tensor:
         Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), Rank-normalization, folding, and
         localization: an improved R-hat for assessing convergence of MCMC.
     """
-    half = x.shape[1] // 2
-    if half < 2:
+    if x.shape[1] < 4:
         return torch.full(x.shape[2:], math.nan, dtype=torch.float64)
-    parts = torch.cat([x[:, :half], x[:, -half:]]).double().cpu()  # (2 chain, half, quantity)
-    pooled = parts.flatten(0, 1)
+    parts = _halves(x)
+    half, pooled = parts.shape[1], parts.flatten(0, 1)
     folded = (pooled - _median(pooled)).abs()
 
     def one(values: Tensor) -> Tensor:
@@ -60,6 +57,56 @@ def rhat(x: Tensor) -> Tensor:
 
     worst = torch.maximum(one(pooled), one(folded))
     return torch.where(pooled.amax(0) > pooled.amin(0), worst, math.nan)
+
+
+def ess(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Effective sample sizes for the bulk, and for the worse of the 5 and 95 % quantiles.
+
+    ArviZ's numbers, to 1e-9, of all quantities together.
+
+    Args:
+        x: (chain, draw, quantity), of at least four draws.
+
+    Returns:
+        (quantity,) each.
+
+    References:
+        As `rhat`; Geyer (1992), Practical Markov chain Monte Carlo (where to end the sum).
+    """
+    parts = _halves(x)
+    bulk = _normal_scores(parts.flatten(0, 1)).reshape(parts.shape)
+    ordered = x.double().cpu().flatten(0, 1).sort(0).values
+    at = [math.floor(len(ordered) * p + 1 - p) - 1 for p in (0.05, 0.95)]
+    tails = [_ess((parts <= ordered[place]).double()) for place in at]
+    return _ess(bulk), torch.minimum(*tails)
+
+
+def _ess(x: Tensor) -> Tensor:
+    """Of the mean, (chain, draw, quantity) -> (quantity,)."""
+    chains, draws = x.shape[:2]
+    waves = torch.fft.rfft(x - x.mean(1, keepdim=True), 2 * draws, dim=1).abs().square()
+    lagged = torch.fft.irfft(waves, 2 * draws, dim=1)[:, :draws].mean(0) / draws  # (lag, quantity)
+    total = lagged[0] + (x.mean(1).var(0) if chains > 1 else 0.0)
+    rho = 1 - (lagged[0] * draws / (draws - 1) - lagged) / total
+    rho[0] = 1.0
+    last = max((draws - 3) // 2, 0)
+    pairs = rho[: 2 * last + 2].unflatten(0, (last + 1, 2)).sum(1)
+    ends = pairs <= 0  # Geyer: sums of two lags are above 0, and fall
+    ends[last] = True
+    end = ends.int().argmax(0, keepdim=True)  # the first
+    before = torch.arange(last + 1)[:, None] < end
+    single = rho.gather(0, 2 * end)[0]
+    single = torch.where((single > 0) | (pairs.gather(0, end)[0] >= 0), single, 0.0)
+    tau = 2 * torch.where(before, pairs.cummin(0).values, 0.0).sum(0) + single - 1
+    size = chains * draws
+    found = size / tau.clamp(min=1 / math.log10(size))
+    return torch.where(x.amax((0, 1)) > x.amin((0, 1)), found, float(size))
+
+
+def _halves(x: Tensor) -> Tensor:
+    """Each chain as two, (2 chain, half, quantity)."""
+    half = x.shape[1] // 2
+    return torch.cat([x[:, :half], x[:, -half:]]).double().cpu()
 
 
 def _median(x: Tensor) -> Tensor:
@@ -191,8 +238,9 @@ def of_rhat(what: str, value: float, chains: int, where: str = "") -> Finding:
     )
 
 
-def of_ess(what: str, bulk: float, tail: float) -> list[Finding]:
-    """Effective sample sizes of what is identified."""
+def of_ess(what: str, values: Tensor) -> list[Finding]:
+    """The least effective sample sizes of what is identified, (chain, draw, quantity)."""
+    bulk, tail = (float(each.min()) for each in ess(values))
     parts = (
         ("bulk", bulk, "the posterior mean", 1 / math.sqrt(max(bulk, 1))),
         ("tail", tail, "the 5 and 95 % quantiles", None),
@@ -272,9 +320,7 @@ def of_weights(posterior: "Posterior") -> Finding | None:
 
 
 def of_chains(posterior: "Posterior", looked: Looked | None) -> list[Finding]:
-    """R-hat and ESS of f, of the identified numbers, of weights."""
-    from bnn.export import ess
-
+    """R-hat and ESS of f, and of the identified numbers."""
     found, agreed = of_moves(posterior), True
     chains, draws = posterior.shape
     if draws < 4:
@@ -297,13 +343,12 @@ def of_chains(posterior: "Posterior", looked: Looked | None) -> list[Finding]:
             row = int(looked.rows[told][each.argmax()])
             finding = of_rhat(looked.name, float(each.max()), chains, f" at row {row}")
             agreed = not finding.doubtful
-            found += [finding, *of_ess(looked.name, *ess(values))]
+            found += [finding, *of_ess(looked.name, values)]
     for name, each in of_scalars(posterior, agreed).items():
         value = float(rhat(each[..., None]))
         if not math.isnan(value):
-            found += [of_rhat(name, value, chains), *of_ess(name, *ess(each[..., None]))]
-    weights = of_weights(posterior)
-    return found if weights is None else [*found, weights]
+            found += [of_rhat(name, value, chains), *of_ess(name, each[..., None])]
+    return found
 
 
 def of_starts(looked: Looked) -> Finding | None:
@@ -322,28 +367,3 @@ def of_starts(looked: Looked) -> Finding | None:
         "they found different functions; no draw tells how much each deserves.",
         advice="Raise restarts until predictions on held-out rows stay as they are.",
     )
-
-
-def at_fit(posterior: "Posterior") -> list[Finding]:
-    """What every fit of a sampler looks at: its statistics, and the worst of all R-hats.
-
-    f at 20 rows costs a forward pass a draw; the draw has cost gradients on all rows.
-    """
-    if not sampled(posterior):
-        return []
-    chains, draws = posterior.shape
-    try:
-        looked = look(posterior, rows=_ROWS, draws=min(draws, max(4, _DRAWS // chains)))
-    except ModelError:  # a fit does not need to predict; `diagnose` tells what is missing
-        looked = None
-    each = torch.zeros(0) if looked is None else rhat(looked.values).nan_to_num(1.0)
-    worst, what, where = 1.0, "", ""
-    if looked is not None and len(each):
-        worst, what = float(each.max()), looked.name
-        where = f" at row {int(looked.rows[each.argmax()])}"
-    for name, values in of_scalars(posterior, worst <= rhat_limit(chains)).items():
-        value = float(rhat(values[..., None]))
-        if value > worst:
-            worst, what, where = value, name, ""
-    found = [*of_sampler(posterior.stats), *of_moves(posterior)]
-    return [*found, of_rhat(what, worst, chains, where)] if what else found

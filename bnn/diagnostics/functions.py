@@ -18,6 +18,9 @@ ROWS = 50  # of the training rows: enough to meet every region of a few inputs
 _QUANTITIES = 200  # rows x outputs: each costs a few milliseconds
 _CELLS = 10_000_000  # rows x draws that are held at once,
 _ALL = 1_000_000_000  # and that are gone through, where no row can be looked at alone
+_FEW_ROWS, _FEW_DRAWS = 20, 200  # that every fit looks at,
+_CHAIN_DRAWS = 4_000  # and of a sampler, whose draws have cost gradients on all rows
+_WORK = 1_000_000_000  # rows x draws x weights of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,24 @@ def look(
     read = lambda part: part.log_likelihood()[..., spread].double()
     first = read(thinned(posterior, draws, have))
     return Looked("log p(y | draw)", _of_all(posterior, draws, have, first, read), spread)
+
+
+def glance(posterior: "Posterior") -> Looked | None:
+    """As `look`, at what every fit can spare: a fraction of a second. None where it cannot."""
+    sites, (chains, draws) = posterior.sites, posterior.shape
+    most = max(4, _CHAIN_DRAWS // chains)
+    if "step_size" not in posterior.stats:
+        if not sites.predicts or sites.locals:
+            return None
+        apart = sites.plate is not None and len(posterior.data.names) > 1
+        rows = _FEW_ROWS if apart else len(posterior.data.observations)
+        most = min(max(2, _FEW_DRAWS // chains), _WORK // (rows * chains * max(sites.size, 1)))
+        if most < min(draws, 2):
+            return None
+    try:
+        return look(posterior, rows=_FEW_ROWS, draws=min(draws, most))
+    except (RuntimeError, ValueError):  # a fit need not predict; `diagnose` tells what is missing
+        return None
 
 
 def _of(prediction: Prediction, rows: Tensor, kept: Tensor | None = None) -> Looked:

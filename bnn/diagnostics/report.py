@@ -160,8 +160,8 @@ class Report:
         return page
 
 
-def warn(findings: Sequence[Finding], kind: type[Warning] = ConvergenceWarning) -> None:
+def warn(findings: Sequence[Finding]) -> None:
     """One warning for each doubtful finding, at the code that called the package."""
     for each in findings:
         if each.doubtful:
-            warnings.warn(f"{each.meaning} {each.advice}", kind, stacklevel=outside())
+            warnings.warn(each.told, ConvergenceWarning, stacklevel=outside())

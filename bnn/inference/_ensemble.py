@@ -1,7 +1,6 @@
 """Ensembles: what the methods share whose draws are nets trained side by side."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bnn.diagnostics import Finding
-from bnn.errors import ApproximationWarning, DataError, ModelError, outside
+from bnn.diagnostics.functions import look
+from bnn.errors import DataError, ModelError
 from bnn.handlers import branch, generator, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
@@ -22,7 +22,7 @@ from bnn.posterior import Posterior
 from bnn.sites import require_continuous, require_minibatches
 
 BOOTSTRAPS = ("bernoulli", "exponential", "resample")
-_SAME = 0.01  # of the spread of starting points, or of f over the rows: closer, they found one mode
+_SAME = 0.01  # of the standard deviation of a prediction: closer, they found one mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +71,35 @@ class Ensemble(Optimised):
         histories = [history for history in each if history is not None]
         return replace(joined(parts, axis=1), history=_mean(histories))
 
+    @property
+    def is_point(self) -> bool:
+        """One member is a mode."""
+        return self.members == 1
+
     def findings(self, posterior: Posterior) -> list[Finding]:
         """See `Method.findings`."""
         return [*super().findings(posterior), *of_members(posterior)]
+
+    def at_fit(self, posterior: Posterior) -> list[Finding]:
+        """See `Method.at_fit`."""
+        return [*super().at_fit(posterior), *of_members(posterior)]
 
 
 def of_members(posterior: Posterior) -> list[Finding]:
     """How far members disagree in f, and how well so few of them tell a width."""
     count = posterior.shape[1]
-    if count == 1 or not posterior.sites.predicts:
+    if count == 1:
         return []
-    f = posterior.predict(*posterior.data.inputs).f.flatten(0, 1).flatten(1)  # (member, quantity)
-    between = f.std(0, correction=0).square().mean().sqrt()
-    share = float(between / f.std().clamp(min=1e-30))
+    try:
+        looked = look(posterior)
+    except ModelError:  # the report tells what is missing
+        return []
+    f, prediction = looked.values.flatten(0, 1), looked.prediction  # (member, quantity)
+    between, whole = f.std(0, correction=0).square().mean().sqrt(), f.std()
+    if prediction is not None and prediction.probs is None:
+        noisy = prediction.total.double().mean().sqrt()
+        whole = noisy if bool(noisy.isfinite()) else whole
+    share = float(between / whole.clamp(min=1e-30))
     alike = not share >= _SAME
     error = 1 / math.sqrt(2 * (count - 1))
     return [
@@ -92,9 +108,10 @@ def of_members(posterior: Posterior) -> list[Finding]:
             value=share,
             threshold=_SAME,
             doubtful=alike,
-            meaning=f"Members' f differ by {share:.2g} of its standard deviation over the rows"
+            meaning=f"The {count} members differ in {looked.name} by {share:.2g} of the standard "
+            "deviation of a prediction"
             + (
-                ": they found the same function, and epistemic uncertainty is lost."
+                ": they found the same function, and the posterior has no variance."
                 if alike
                 else "."
             ),
@@ -181,9 +198,6 @@ def train(
         rows: what members have for each row, (member, row, *).
         whole: what members have besides, (member, *).
 
-    Warns:
-        ApproximationWarning: members that are given the same ended at the same values.
-
     Returns:
         A posterior of one chain, each draw a member; its history is the mean over members.
     """
@@ -198,7 +212,6 @@ def train(
         require_minibatches(sites, what)
     members = Members(method.members, energy, one, data, method.batch_size, rows, whole)
     starts = energy.initial(method.members, branch(seed, 0))
-    spread = starts.std(0, correction=0)
     snapshots = Snapshots(starts, method.snapshots)
     with seeded(branch(seed, 2)):
         histories = maximise(
@@ -215,16 +228,6 @@ def train(
             seed=None if sites.subsampled else branch(seed, 4),
             watch=snapshots if method.snapshots else None,
         )
-    given = [*members.rows.values(), *members.whole.values()]
-    end = starts.detach().std(0, correction=0)
-    if members.axis and bool((end < _SAME * spread).all()) and all(map(_alike, given)):
-        warnings.warn(
-            f"The {method.members} members of {what} found the same optimum, so the posterior has "
-            "no variance: its epistemic uncertainty is 0. Use bootstrap, or bnn.RandomizedPriors "
-            "with prior=None, whose members differ.",
-            ApproximationWarning,
-            stacklevel=outside(),
-        )
     steps, copies = snapshots.picked() if method.snapshots else (None, None)
     return Posterior(
         model=energy.model,
@@ -236,11 +239,6 @@ def train(
         snapshots={} if copies is None else energy.unflatten(copies[:, None]),
         snapshot_steps=steps,
     )
-
-
-def _alike(each: Tensor) -> bool:
-    """True if all members have the same."""
-    return bool((each == each[:1]).all())
 
 
 def _mean(histories: list[Tensor]) -> Tensor:

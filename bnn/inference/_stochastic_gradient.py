@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from bnn.data import Batches, Data
-from bnn.diagnostics import Finding, warn
+from bnn.diagnostics import Finding
 from bnn.errors import (
-    ApproximationWarning,
     CheckpointError,
     ConvergenceWarning,
     FitError,
@@ -221,7 +220,6 @@ def draw(
             ConvergenceWarning,
             stacklevel=outside(),
         )
-    warn(of_spread(stats), ApproximationWarning)
     return Posterior(
         model=model,
         method=method,

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from bnn.data import Data, take
-from bnn.diagnostics import Finding, warn
+from bnn.diagnostics import Finding
 from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
 from bnn.inference._attention import Attended, Rule, layers, of_attention
 from bnn.inference._elbo import Bound
@@ -169,7 +169,6 @@ class DirichletAttention(Optimised):
             elbo=elbo,
             count=(1, self.draws),
         )
-        warn(of_attention(posterior, self._rule))
         return posterior
 
     def program(self, model: Model, params: Tensors) -> Model:
@@ -179,3 +178,7 @@ class DirichletAttention(Optimised):
     def findings(self, posterior: Posterior) -> list[Finding]:
         """See `Method.findings`."""
         return [*super().findings(posterior), *of_attention(posterior, self._rule)]
+
+    def at_fit(self, posterior: Posterior) -> list[Finding]:
+        """See `Method.at_fit`."""
+        return [*super().at_fit(posterior), *of_attention(posterior, self._rule)]

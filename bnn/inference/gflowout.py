@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from bnn.data import Data
-from bnn.diagnostics import Finding, warn
+from bnn.diagnostics import Finding
 from bnn.errors import ApproximationWarning, outside
 from bnn.handlers import branch, constrained_parameters, generator, parameters, seeded
 from bnn.inference._energy import Energy
@@ -173,7 +173,6 @@ class GFlowOut(Optimised):
                 draws |= flow.draws(fitted, self.draws)
             params = constrained_parameters()
         log_evidence, found = assess(*scores, self.power)
-        warn(findings(fitted | found))
         return Posterior(
             model=model,
             method=self,

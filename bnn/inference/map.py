@@ -54,6 +54,11 @@ class MAP(Optimised):
         check_count("MAP", restarts=self.restarts, draws=self.draws)
         check_parts(self)
 
+    @property
+    def is_point(self) -> bool:
+        """A mode has no variance."""
+        return self.restarts == 1
+
     def fit(
         self,
         model: Model,

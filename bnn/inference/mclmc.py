@@ -26,7 +26,6 @@ either where rows are many (every gradient reads all), sites discrete, or a few 
 longer trajectories than the rest (hierarchies: NUTS chooses each trajectory's length).
 """
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 
 from bnn.data import Data
-from bnn.diagnostics import Finding, warn
+from bnn.diagnostics import Finding
 from bnn.errors import ApproximationWarning
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
@@ -144,7 +143,7 @@ class MCLMC(Method):
             name: torch.from_numpy(values).to(_KINDS.get(name, torch.float64))
             for name, values in kept.items()
         }
-        posterior = Posterior(
+        return Posterior(
             model=model,
             method=self,
             data=data,
@@ -152,15 +151,10 @@ class MCLMC(Method):
             draws=energy.unflatten(torch.from_numpy(z).to(gradient.device)),
             stats=stats,
         )
-        if not self.adjusted:
-            warn(self.findings(posterior))
-        return posterior
 
     def findings(self, posterior: Posterior) -> list[Finding]:
         """See `Method.findings`."""
-        sites = posterior.sites.latent.values()
-        size = sum(math.prod(site.shape) for site in sites)
-        return [] if self.adjusted else [_of_energy(posterior.stats, size)]
+        return [] if self.adjusted else [_of_energy(posterior.stats, posterior.sites.size)]
 
 
 def _warn_of_bias() -> None:

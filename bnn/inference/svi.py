@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoDelta
 
 from bnn.data import Data
 from bnn.errors import ApproximationWarning, outside
@@ -116,6 +117,11 @@ class SVI(Optimised):
                 f"SVI(temperature={self.temperature}, guide={self.guide!r}): a temperature weighs "
                 'the entropy of a guide of ours that has one, such as guide="normal".'
             )
+
+    @property
+    def is_point(self) -> bool:
+        """True of a point, ours or Pyro's."""
+        return self.guide in ("point", AutoDelta) or isinstance(self.guide, AutoDelta)
 
     def fit(
         self,

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import bnn
 from bnn.diagnostics import Finding, Report, collapse, convergence, functions
-from bnn.export import ess, psis
+from bnn.export import psis
 from bnn.inference._importance import pareto_k
+from bnn.prior import prior_draws
 from tests.exact import Regression
 
 QUICK = {"steps": 800, "learning_rate": 0.05, "schedule": "cosine"}
@@ -57,12 +58,28 @@ def test_rhat_is_arvizs(case):
     np.testing.assert_allclose(convergence.rhat(x), expected, rtol=1e-9)
 
 
-def test_ess_is_the_least_of_arvizs():
+@pytest.mark.parametrize("case", ["apart", "odd", "ties", "against", "one", "few", "constant"])
+def test_ess_is_arvizs(case):
     x = walk()
+    if case == "apart":
+        x[0] += 2.0
+    if case == "ties":
+        x = x.round()
+    if case == "against":  # draws that take turns are worth more than they are
+        x = torch.randn(4, 250, 3, generator=torch.Generator().manual_seed(0)).double()
+        x[:, 1::2] = -x[:, ::2] + 0.3 * x[:, 1::2]
+    if case == "one":
+        x = x[:1]
+    if case == "few":
+        x = x[:, :7]
+    if case == "constant":
+        x[..., 0] = 3.0
     each = [np.ascontiguousarray(one) for one in x.moveaxis(-1, 0).numpy()]
-    bulk, tail = ess(x)
-    assert bulk == min(float(az.ess(one, method="bulk")) for one in each)
-    assert tail == min(float(az.ess(one, method="tail", prob=(0.05, 0.95))) for one in each)
+    bulk, tail = convergence.ess(x)
+    expected = [float(az.ess(one, method="bulk")) for one in each]
+    np.testing.assert_allclose(bulk, expected, rtol=1e-9)
+    expected = [float(az.ess(one, method="tail", prob=(0.05, 0.95))) for one in each]
+    np.testing.assert_allclose(tail, expected, rtol=1e-9)
 
 
 def test_bfmi_of_a_walk_and_of_independent_energies():
@@ -187,7 +204,7 @@ def test_statistics_of_the_sampler_are_judged(healthy, name, stat, finding):
     ill = replace(healthy, stats=healthy.stats | {name: stat(healthy.stats[name])})
     assert [each.name for each in ill.diagnose().doubtful] == [finding]
     with pytest.warns(bnn.ConvergenceWarning) as caught:
-        bnn.diagnostics.warn(convergence.at_fit(ill))
+        bnn.diagnostics.warn(bnn.diagnostics.at_fit(ill))
     assert len(caught) == 1
 
 
@@ -450,16 +467,17 @@ def test_a_large_net_is_weighed_against_its_prior_by_few_draws_or_none(regressio
     count = lambda each, *data: seen.append(each.shape[1]) or whole(each, *data)
     monkeypatch.setattr(bnn.Posterior, "log_likelihood", count)
     monkeypatch.setattr(collapse, "_WEIGHTS", 2)  # as if two weights were ten thousand
-    for cells, expected in ((40, [40, 40]), (5, [5, 5])):
+    latent = prior_draws(regression.model, (regression.x,), posterior.sites, 200, seed=0)[0]
+    for cells, expected in ((40, [40, 40]), (5, [5])):
         seen.clear()
         monkeypatch.setattr(functions, "_CELLS", cells * rows)
-        found = collapse.balance(posterior)
+        found = collapse.balance(posterior, latent)
         assert seen == expected
         assert (found is None) == (cells == 5)
     seen.clear()
     monkeypatch.setattr(collapse, "_WEIGHTS", 1)  # twice as many: half the draws
     monkeypatch.setattr(functions, "_CELLS", 40 * rows)
-    assert collapse.balance(posterior) is not None
+    assert collapse.balance(posterior, latent) is not None
     assert seen == [20, 20]
 
 
@@ -500,6 +518,108 @@ def test_rows_that_no_minibatch_shows_are_found(regression, kind):
     finding = named(report)["rows in a pass"]
     assert finding.doubtful == lost
     assert finding.value == {"in order": 1.0, "weighted": 1.0, "subset": 1.0}.get(kind, 0.96)
+
+
+# What a fit says by itself
+
+
+def told(posterior) -> list[str]:
+    """Names of what a fit would warn of, each of which the report finds doubtful too."""
+    found = [each.name for each in bnn.diagnostics.at_fit(posterior)]
+    assert set(found) <= {each.name for each in posterior.diagnose().doubtful}
+    return found
+
+
+def test_a_fit_warns_of_draws_that_are_worth_too_little(healthy):
+    """The same 30 in each half of each chain, in other orders: R-hat is 1, and they are 240."""
+    assert told(healthy) == []
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(30, generator=generator) for _ in range(8)])
+    few = lambda values: {k: v[0, order.reshape(4, 60)] for k, v in values.items()}
+    draws, stats = few(healthy.draws), few(healthy.stats)
+    (found,) = told(replace(healthy, draws=draws, stats=stats))
+    assert "ESS of" in found
+    first = lambda values: {k: v[:, :3] for k, v in values.items()}
+    few = replace(healthy, draws=first(draws), stats=first(stats))
+    assert told(few) == ["draws of a chain"]
+
+
+def test_a_fit_warns_of_what_has_collapsed(regression):
+    settings = QUICK | {"draws": 1_000}
+    method = bnn.SVI(guide="full_rank", particles=4, **settings)
+    posterior = fit(regression.model, regression.x, regression.y, method=method)
+    assert told(posterior) == []
+    point = {k: v[:, :1].expand_as(v) for k, v in posterior.draws.items()}
+    assert told(replace(posterior, draws=point)) == ["spread of f"]
+    assert told(replace(posterior, elbo=posterior.elbo - 1e4)) == ["ELBO above the prior's"]
+    latent = prior_draws(regression.model, (regression.x,), posterior.sites, 1_000, seed=1)[0]
+    assert "distance from the prior" in told(replace(posterior, draws=latent))
+
+
+def test_a_fit_warns_of_a_posterior_that_is_the_prior(regression):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", x @ w)
+            pyro.sample("y", dist.Normal(f, 100.0), obs=y)
+
+    with pytest.warns(bnn.ConvergenceWarning) as caught:
+        bnn.fit(model, regression.x, regression.y, method=bnn.Laplace(steps=300))
+    assert [str(each.message)[:31] for each in caught] == ["The posterior equals the prior:"]
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("rows", [200, 3_000])
+def test_the_bound_is_weighed_by_some_of_many_rows(rows):
+    """Against the expected log likelihood under the prior in closed form, within its error."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", w * x)
+            pyro.sample("y", dist.Normal(f, 1.0), obs=y)
+
+    x = torch.randn(rows, generator=torch.Generator().manual_seed(0))
+    y = x + torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    posterior = fit(model, x, y, method=bnn.SVI(**QUICK))
+    expected = -rows * math.log(2 * math.pi) / 2 - float((y.square() + x.square()).sum()) / 2
+    latent = prior_draws(model, (x[:20],), posterior.sites, 20, seed=0)[0]
+    finding = collapse.balance(posterior, latent, quick=True)
+    error = -(finding.threshold + 0.1) / 4
+    assert posterior.elbo - finding.value == pytest.approx(expected, abs=3 * error)
+    assert error < 0.5 * abs(expected)
+    assert not finding.doubtful
+
+
+def test_an_answer_that_is_a_point_by_what_it_is_is_not_warned_of(regression):
+    """Nor are good fits: of a guide, a Gaussian, members that differ."""
+    methods = [
+        bnn.MAP(steps=1_000),
+        bnn.MAP(steps=1_000, draws=1),
+        bnn.SVI(guide="point", **QUICK),
+        bnn.SVI(guide=pyro.infer.autoguide.AutoDelta, draws=50, steps=500, schedule="cosine"),
+        bnn.DeepEnsemble(members=1, steps=1_000),
+        bnn.Laplace(steps=500),
+        bnn.RandomizedPriors(members=30, steps=1_500, noise=1.0),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", bnn.ConvergenceWarning)
+        for method in methods:
+            bnn.fit(regression.model, regression.x, regression.y, method=method, progress=False)
+
+
+def test_a_prior_that_the_model_does_not_run_at_loses_no_fit(regression):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        if y is None and bool(w.detach()[0] > 2):
+            raise RuntimeError("no such weight")
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    posterior = fit(model, regression.x, regression.y, method=bnn.Laplace(steps=300))
+    point = {k: v[:, :1].expand_as(v) for k, v in posterior.draws.items()}
+    found = bnn.diagnostics.at_fit(replace(posterior, draws=point))
+    assert [each.name for each in found] == ["spread of f"]
 
 
 # The report
@@ -636,7 +756,7 @@ def test_chains_that_never_moved_are_told(regression, stuck):
     still = lambda v: torch.cat([v[:1, :1].expand_as(v[:stuck]), v[stuck:]])
     halted = replace(posterior, draws={k: still(v) for k, v in posterior.draws.items()})
     halted = replace(halted, stats=posterior.stats | {"energy": still(posterior.stats["energy"])})
-    for found in (convergence.at_fit(halted), halted.diagnose().findings):
+    for found in (bnn.diagnostics.at_fit(halted), halted.diagnose().findings):
         told = {each.name: each for each in found}
         assert told["chains that never moved"].value == stuck
         assert told["chains that never moved"].doubtful

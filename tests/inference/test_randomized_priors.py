@@ -129,7 +129,7 @@ def test_a_function_of_ones_own_has_to_be_passed_to_load(regression, tmp_path):
 
 
 def test_members_that_share_a_function_and_their_rows_are_told_of(regression):
-    with pytest.warns(bnn.ApproximationWarning, match="RandomizedPriors found the same optimum"):
+    with pytest.warns(bnn.ConvergenceWarning, match="3 members differ in f by .* same function"):
         bnn.fit(
             regression.model,
             regression.x,
@@ -146,7 +146,7 @@ def test_a_loader_gives_the_same_members(regression):
     each = (regression.x.T @ regression.y + drawn) @ regression.cov
     assert ((posterior.draws["w"][0] + drawn - each).abs() < 0.02 * regression.sd).all()
     fixed = bnn.RandomizedPriors(members=3, prior=lambda x: x[:, 0], **SHORT)
-    with pytest.warns(bnn.ApproximationWarning, match="prior=None"):  # here as without a loader
+    with pytest.warns(bnn.ConvergenceWarning, match="prior=None"):  # here as without a loader
         bnn.fit(regression.model, loader, method=fixed)
     for setting in ({"noise": 1.0}, {"bootstrap": "resample"}):
         with pytest.raises(bnn.DataError, match="does not tell which rows"):
