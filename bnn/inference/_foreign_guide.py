@@ -122,13 +122,13 @@ def fit_foreign(
             elbo = float(objective(args, 1.0, _EVALUATIONS)) if whole else tail
             stats = _densities(runs, model, data, sites, automatic) if whole else {}
             params = constrained_parameters()
+            draws = {  # copies: of a point the values are the leaves themselves
+                name: torch.stack([run.nodes[name]["value"] for run in runs])[None]
+                for name in sites.latent
+                if data.loader is None or name in sites.globals
+            }
             for name, leaf in leaves.items():  # a net that the guide closes over is the caller's
                 leaf.copy_(before[name])
-    draws = {
-        name: torch.stack([run.nodes[name]["value"] for run in runs])[None]
-        for name in sites.latent
-        if data.loader is None or name in sites.globals
-    }
     return Posterior(
         model=model,
         method=method,
