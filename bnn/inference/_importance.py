@@ -43,7 +43,7 @@ def of_guide(posterior: Posterior) -> list[Finding]:
     worst = max(range(len(told)), key=lambda chain: told[chain][0])
     k, log_mean = told[worst]
     gap = log_mean - float(ratios[worst].double().mean())
-    finding = of_k(k, ratios.shape[1])
+    finding = of_k(k, ratios.shape[1], _whose(posterior))
     return [
         finding,
         Finding(
@@ -52,14 +52,20 @@ def of_guide(posterior: Posterior) -> list[Finding]:
             threshold=None,
             unlimited="nats grow with the number of weights",
             doubtful=False,
-            meaning=f"KL(q || posterior) is about {gap:.2g} nats"
+            meaning=f"KL(q || {_whose(posterior)}) is about {gap:.2g} nats"
             + (", or more: with such a k too little is seen of it." if finding.doubtful else "."),
             advice="Of two families for one model prefer that of the smaller gap.",
         ),
     ]
 
 
-def of_k(k: float, draws: int) -> Finding:
+def _whose(posterior: Posterior) -> str:
+    """What the ratios are to: f made linear, or priors tuned, the program is another model."""
+    own = posterior.program is posterior.model
+    return "posterior" if own else "posterior of the program that predicts"
+
+
+def of_k(k: float, draws: int, whose: str = "posterior") -> Finding:
     """Pareto's k of the ratios of so many draws."""
     limit = min(1 - 1 / math.log10(draws), LIMIT)
     far = not k < limit
@@ -68,12 +74,11 @@ def of_k(k: float, draws: int) -> Finding:
         value=k,
         threshold=limit,
         doubtful=far,
-        meaning="The ratios posterior / q have a Pareto tail with "
-        f"k = {k:.2f} (limit {limit:.2g}): "
+        meaning=f"The ratios {whose} / q have a Pareto tail with k = {k:.2f} (limit {limit:.2g}): "
         + (
-            "q misses mass that the posterior has, and its widths are its own."
+            f"q misses mass that the {whose} has, and its widths are its own."
             if far
-            else "q is close enough to the posterior that reweighting its draws would work."
+            else f"q is close enough to the {whose} that reweighting its draws would work."
         ),
         advice='Take a wider family (SVI guide="full_rank" or "flow"), or bnn.NUTS; predictions '
         "can be good all the same: score them on held-out rows.",
@@ -85,7 +90,8 @@ def at_fit(posterior: Posterior) -> list[Finding]:
     ratios = log_ratios(posterior, _QUICK)
     if ratios is None:
         return []
-    return [of_k(max(pareto_k(each) for each in ratios), ratios.shape[1])]
+    k = max(pareto_k(each) for each in ratios)
+    return [of_k(k, ratios.shape[1], _whose(posterior))]
 
 
 def pareto_k(log_ratios: Tensor) -> float:
