@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bnn import markup
 from bnn.arguments import check_arguments
-from bnn.calibration import ece, interval_coverage
-from bnn.errors import ApproximationWarning, DataError
+from bnn.calibration import ece, interval_coverage, set_coverage
+from bnn.errors import ApproximationWarning, DataError, ModelError
 from bnn.posterior import Posterior
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LEVEL = 0.9
 _LEVELS = torch.linspace(0.05, 0.95, 19)
 _HIGH = 0.7  # of Pareto's k: Vehtari, Gelman, Gabry (2017)
+_LOO_ROWS = 1_000  # beside held-out scores: each costs a millisecond
 
 
 def compare(
@@ -31,23 +32,30 @@ def compare(
     Columns, each left out where no posterior has it:
 
     - `log_score`, mean log posterior predictive density of a row, nats; `log_score_se`, its
-      standard error over rows.
+      standard error over rows. Of held-out rows; without `data` leave-one-out.
     - `rmse`, units of y, or `accuracy` for labels.
-    - `coverage_90`, share of rows inside the central 90 % predictive interval, and
-      `coverage_error`, the mean distance of observed from stated coverage over 19 levels, for
+    - `coverage_90`: share of rows inside the central 90 % predictive interval; of labels, in the
+      smallest set that has 90 % of the probability (at least .9 where calibrated: a set can have
+      more).
+    - `coverage_error`, the mean distance of observed from stated coverage over 19 levels, for
       numbers; `ece`, expected calibration error of the most probable class, for labels.
+    - `loo` and `loo_se`, with `data`: the leave-one-out score of a training row (PSIS), beside the
+      held-out one; of at most 1,000 rows, evenly spread. Far apart, the held-out rows are of
+      another kind, or the score is too good.
+    - `high_k` and `max_k`: rows whose leave-one-out score cannot be trusted (k > 0.7), and the
+      largest k.
     - `elbo` and `log_evidence` of the fit, nats, where the method has them.
     - `seconds` of the fit.
-    - `high_k` and `max_k`, without `data`: rows whose leave-one-out score cannot be trusted
-      (k > 0.7), and the largest k.
-    - `not_comparable`: the columns of this row that do not compare with the other rows;
-      `table.attrs["not_comparable"]` tells why, by column.
+    - `not_comparable`: the columns of this row that do not compare with the other rows, or that
+      could not be computed; `table.attrs["not_comparable"]` tells why, by column, and
+      `table.attrs["notes"]` what else there is to say. Both are printed.
 
     What does not compare, and with what:
 
-    - without `data`, `log_score` of a posterior with rows of high k, or whose draws are all the
-      same: plain importance sampling, too good. Of methods that only approximate the posterior it
-      is leave-one-out of the approximation.
+    - the leave-one-out score (`loo`, and `log_score` without `data`) of a posterior with rows of
+      high k, or whose draws are all the same: plain importance sampling, too good. Of methods that
+      only approximate the posterior it is leave-one-out of the approximation. `loo` of other
+      observations.
     - without `data`, all columns but the log score, which are in-sample: they say how well a model
       fits, and favour the more flexible one.
     - `elbo` of other models, methods or data: each bound has a gap of its own. Of one model, one
@@ -75,8 +83,8 @@ def compare(
         >>> model = bnn.models.linear(1, likelihood=bnn.models.likelihoods.Gaussian(0.1))
         >>> fitted = bnn.fit(model, x, x[:, 0], method=bnn.Laplace(steps=200, draws=100))
         >>> table = bnn.compare({"laplace": fitted}, data=(x, x[:, 0]))
-        >>> list(table.columns)[:4]
-        ['log_score', 'log_score_se', 'rmse', 'coverage_90']
+        >>> list(table.columns)[:7]
+        ['log_score', 'log_score_se', 'rmse', 'coverage_90', 'coverage_error', 'loo', 'loo_se']
     """
     import pandas
 
@@ -91,12 +99,13 @@ def compare(
             "The posteriors were fitted to different observations, so leave-one-out does not "
             "compare them. Pass held-out data: compare({...}, data=(x_test, y_test))."
         )
-    rows = {name: _row(name, posterior, data) for name, posterior in posteriors.items()}
+    lost: dict[str, str] = {}
+    rows = {name: _row(name, posterior, data, lost) for name, posterior in posteriors.items()}
     table = pandas.DataFrame.from_dict(rows, orient="index")
     table.index.name = "held out" if data is not None else "leave one out"
-    absent = [k for k in ("elbo", "log_evidence") if bool(table[k].isna().all())]
+    absent = [k for k in (*_LOO, "elbo", "log_evidence") if k in table and table[k].isna().all()]
     table = table.drop(columns=absent).sort_values("log_score", ascending=False)
-    return _marked(table, posteriors, in_sample=data is None)
+    return _marked(table, posteriors, lost, in_sample=data is None)
 
 
 @cache
@@ -125,19 +134,20 @@ def _cell(value: Any) -> str:
 
 
 def _reasons(table: "pandas.DataFrame") -> list[str]:
-    """Why columns do not compare, a line each."""
-    return [f"{k}: {why}" for k, why in table.attrs.get("not_comparable", {}).items()]
+    """Why columns do not compare, and what else there is to say, a line each."""
+    told = [*table.attrs.get("not_comparable", {}).items(), *table.attrs.get("notes", {}).items()]
+    return [f"{k}: {why}" for k, why in told]
 
 
-def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[str, float]:
-    extra: dict[str, float] = {}
+def _row(
+    name: str, posterior: Posterior, data: Sequence[Any] | None, lost: dict[str, str]
+) -> dict[str, float]:
+    """The numbers of a posterior; `lost` is told why there is no leave-one-out score."""
+    from bnn.export import loo
+
     if data is None:
-        from bnn.export import loo
-
-        elpd, se, k = loo(posterior)
-        rows = posterior.data.rows
-        score, error = elpd / rows, se / rows
-        high = int((~(k <= _HIGH)).sum())
+        score, error, k = loo(posterior)
+        rows, high = len(k), int((~(k <= _HIGH)).sum())
         extra = {"high_k": high, "max_k": float(k.max())}
         if high:
             warnings.warn(
@@ -158,42 +168,73 @@ def _row(name: str, posterior: Posterior, data: Sequence[Any] | None) -> dict[st
             float(each.mean()),
             (float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan),
         )
+        try:
+            left_out, se, k = loo(posterior, _LOO_ROWS)
+            high = float((~(k <= _HIGH)).sum())
+            found = left_out, se, high, float(k.max())
+        except (ModelError, DataError) as told:
+            found, lost[name] = [math.nan] * 4, str(told)
+        extra = dict(zip(_LOO, found, strict=True))
     prediction = posterior.predict(*inputs)
     row = {"log_score": score, "log_score_se": error}
     if prediction.probs is not None:
         row["accuracy"] = float((prediction.probs.argmax(-1) == y).double().mean())
+        row["coverage_90"] = float(set_coverage(prediction.probs, y, LEVEL))
         row["ece"] = ece(prediction.probs, y)
     else:
         row["rmse"] = _rmse(prediction.mean, y)
         row["coverage_90"] = float(interval_coverage(prediction.outcomes, y, LEVEL))
         observed = interval_coverage(prediction.outcomes, y, _LEVELS).cpu()
         row["coverage_error"] = float((observed - _LEVELS).abs().mean())
+    row |= extra
     row["elbo"] = math.nan if posterior.elbo is None else posterior.elbo
     row["log_evidence"] = math.nan if posterior.log_evidence is None else posterior.log_evidence
     row["seconds"] = posterior.seconds
-    return row | extra
+    return row
 
 
 def _rmse(mean: Tensor, y: Tensor) -> float:
     return float((mean - y).double().square().mean().sqrt())
 
 
+_LOO = ("loo", "loo_se", "high_k", "max_k")
+
+
 def _marked(
-    table: "pandas.DataFrame", posteriors: Mapping[str, Posterior], *, in_sample: bool
+    table: "pandas.DataFrame",
+    posteriors: Mapping[str, Posterior],
+    lost: Mapping[str, str],
+    *,
+    in_sample: bool,
 ) -> "pandas.DataFrame":
     """With the column `not_comparable`, and the reasons in `attrs`."""
     why: dict[str, str] = {}
+    notes: dict[str, str] = {}
     marks: dict[str, list[str]] = {name: [] for name in table.index}
 
     def mark(column: str, names: Iterable[str], reason: str) -> None:
         for name in names if column in table else ():
-            marks[name].append(column)
-            why[column] = reason
+            if column not in marks[name]:
+                marks[name].append(column)
+            if reason not in why.get(column, ""):
+                why[column] = "; ".join([*([why[column]] if column in why else []), reason])
 
     everything = list(table.index)
+    if "high_k" in table:
+        doubtful = [name for name in everything if table.loc[name, "high_k"] > 0]
+        column = "log_score" if in_sample else "loo"
+        mark(column, doubtful, f"rests on rows with k > {_HIGH}, and is likely too good")
+    if not in_sample and len(lost) < len(posteriors):
+        for name, reason in lost.items():
+            mark("loo", [name], f'none of "{name}": {reason}')
+        if not _same(posteriors.values(), "observations"):
+            mark("loo", everything, "of the rows of each fit, which differ")
+        most = max(each.data.rows for name, each in posteriors.items() if name not in lost)
+        if most > _LOO_ROWS:
+            notes["loo"] = f"of {_LOO_ROWS:,} training rows, evenly spread over up to {most:,}"
+    elif not in_sample:
+        notes["loo"] = f"none. {next(iter(lost.values()))}"
     if in_sample:
-        doubtful = [name for name in everything if table.loc[name, "high_k"]]
-        mark("log_score", doubtful, f"rests on rows with k > {_HIGH}, and is likely too good")
         for column in ("rmse", "accuracy", "coverage_90", "coverage_error", "ece"):
             mark(column, everything, "is in-sample, and favours the more flexible model")
     for column, aspects, reason in (
@@ -208,7 +249,7 @@ def _marked(
     if why:
         table["not_comparable"] = [", ".join(marks[name]) for name in table.index]
     made = _table_kind()(table)
-    made.attrs["not_comparable"] = why
+    made.attrs |= {"not_comparable": why, "notes": notes}
     return made
 
 

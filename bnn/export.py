@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.data import take
 from bnn.errors import DataError, ModelError
 from bnn.prediction import Prediction
 from bnn.prior import prior_draws
@@ -189,19 +190,6 @@ def _attributes(posterior: "Posterior") -> dict[str, Any]:
     }
 
 
-def ess(x: Tensor) -> tuple[float, float]:
-    """The least effective sample sizes of some quantities, (chain, draw, quantity): bulk, tail."""
-    import arviz
-
-    az: Any = arviz
-    values = np.ascontiguousarray(np.moveaxis(x.double().cpu().numpy(), -1, 0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bulk = min(float(az.ess(each, method="bulk")) for each in values)
-        tail = min(float(az.ess(each, method="tail", prob=(0.05, 0.95))) for each in values)
-    return bulk, tail
-
-
 def psis(log_ratios: Tensor) -> tuple[float, float]:
     """Pareto smoothed importance sampling of log ratios, (draw,).
 
@@ -225,21 +213,26 @@ def psis(log_ratios: Tensor) -> tuple[float, float]:
     return float(k), float(ratios[least] - weights[least]) - math.log(len(ratios))
 
 
-def loo(posterior: "Posterior") -> tuple[float, float, np.ndarray]:
-    """PSIS-LOO by ArviZ: the expected log density of a new row times rows, its standard error, k.
+def loo(posterior: "Posterior", most: int | None = None) -> tuple[float, float, np.ndarray]:
+    """PSIS-LOO by ArviZ: the expected log density of a new row, its standard error; k of each row.
 
     Where the draws are too few or too alike to fit a Pareto tail to (a mode, a small ensemble),
     ArviZ 1.x raises and 0.x gives k = inf. Here both give plain importance sampling and k = inf.
 
+    Args:
+        posterior: that keeps its rows.
+        most: rows at most, evenly spread over all; None for all.
+
     Raises:
         ModelError: the rows are one statement.
+        DataError: the rows came from a loader.
     """
     import arviz
 
     az: Any = arviz
     if posterior.sites.row_axis is None:
         raise ModelError("LOO needs the likelihood of each row. Put the observed site in a plate.")
-    y, each = posterior.sites.observed, posterior.log_likelihood()
+    y, each = posterior.sites.observed, _by_row(posterior, most)
     made = from_groups(
         {"posterior": _draws(posterior.draws), "log_likelihood": _draws({y: each}, {y})}
     )
@@ -250,8 +243,19 @@ def loo(posterior: "Posterior") -> tuple[float, float, np.ndarray]:
     except (ValueError, IndexError):
         flat = each.flatten(0, 1).double()
         row = math.log(len(flat)) - (-flat).logsumexp(0)
-        se = float(row.std(correction=0)) * math.sqrt(len(row))
-        return float(row.sum()), se, np.full(len(row), np.inf)
-    elpd = getattr(result, "elpd", None)
+        se = float(row.std(correction=0)) / math.sqrt(len(row))
+        return float(row.mean()), se, np.full(len(row), np.inf)
+    elpd, k = getattr(result, "elpd", None), np.asarray(result.pareto_k)
     value = float(result.elpd_loo if elpd is None else elpd)
-    return value, float(result.se), np.asarray(result.pareto_k)
+    return value / len(k), float(result.se) / len(k), k
+
+
+def _by_row(posterior: "Posterior", most: int | None) -> Tensor:
+    """Log likelihood of the training rows, (chain, draw, row), of some where there are more."""
+    data, sites = posterior.data, posterior.sites
+    if data.loader is not None or most is None or data.rows <= most:
+        return posterior.log_likelihood()
+    some = torch.linspace(0, data.rows - 1, most).round().long()
+    if sites.locals or sites.plate is None or not data.inputs:  # no row without the others
+        return posterior.log_likelihood()[..., some]
+    return posterior.log_likelihood(*take(data.tensors, some))

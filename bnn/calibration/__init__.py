@@ -1,6 +1,6 @@
 """Calibration: do stated probabilities come true? Functions of arrays; no posterior in sight.
 
-labels          `ece`, `reliability`, `brier`, `brier_decomposition`, `nll`
+labels          `ece`, `reliability`, `set_coverage`, `brier`, `brier_decomposition`, `nll`
 numbers         `interval_coverage`, `sharpness`, `pit`, `loo_pit`, `crps`
 both            `log_score`, `joint_log_score` with `dyadic`
 PIT and ranks   `uniformity`
@@ -22,6 +22,7 @@ from bnn.calibration.labels import (
     ece,
     nll,
     reliability,
+    set_coverage,
 )
 from bnn.calibration.numbers import crps, interval_coverage, loo_pit, pit, sharpness
 from bnn.calibration.recalibration import (
@@ -56,6 +57,7 @@ __all__ = [
     "pit",
     "quantiles",
     "reliability",
+    "set_coverage",
     "sharpness",
     "temperature",
     "uniformity",

@@ -19,6 +19,7 @@ from bnn.arrays import classified, probabilities, probability, tensor
 from bnn.errors import DataError
 
 Equal = Literal["width", "mass"]
+_ROUNDING = 1e-6  # of sums of probabilities in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +277,35 @@ def nll(probs: Any, labels: Any) -> float:
     """
     probs, labels = classified(probs, labels)
     return -float(probs.double().gather(-1, labels[:, None]).log().mean())
+
+
+def set_coverage(probs: Any, labels: Any, level: float | Tensor = 0.9) -> Tensor:
+    """Share of rows whose label is in the smallest set of labels that is probable enough.
+
+    The set takes the most probable labels until their probabilities sum to the level. A calibrated
+    prediction covers at least as often as it says, and more often where the last label overshoots.
+
+    Args:
+        probs: class probabilities, (row, class).
+        labels: class indices, (row,).
+        level: least probability of a set, or several, (level,), in (0, 1).
+
+    Returns:
+        Observed share for each level, dimensionless.
+
+    Raises:
+        DataError: as `ece`; a level is not in (0, 1).
+
+    Example:
+        >>> set_coverage([[0.6, 0.3, 0.1]] * 3, [0, 1, 2], level=0.9)  # the first two
+        tensor(0.6667, dtype=torch.float64)
+    """
+    probs, labels = classified(probs, labels)
+    levels = probability(level).to(probs.device)
+    ordered, order = probs.double().sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # what the labels ahead of each sum to
+    ahead = before[order == labels[:, None]]  # (row,)
+    return (ahead < levels[..., None] - _ROUNDING).double().mean(-1)
 
 
 def _top(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The table's numbers against the same numbers by hand."""
 
 import math
+import sys
+import warnings
 
 import arviz as az
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import bnn
+from bnn.export import loo
 
 pytestmark = pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -49,8 +52,9 @@ def test_held_out_columns_are_those_computed_by_hand(fits):
     table = bnn.compare(fits, data=HELD_OUT)
     x, y = HELD_OUT
     assert table.index.name == "held out"
-    assert list(table.columns) == [
-        "log_score", "log_score_se", "rmse", "coverage_90", "coverage_error", "elbo", "seconds"
+    assert [name for name in table.columns if name != "not_comparable"] == [
+        "log_score", "log_score_se", "rmse", "coverage_90", "coverage_error", "loo", "loo_se",
+        "high_k", "max_k", "elbo", "seconds"
     ]  # fmt: skip
     for name, posterior in fits.items():
         f = posterior.draws["w"][0] @ x.T  # (draw, row)
@@ -69,7 +73,7 @@ def test_held_out_columns_are_those_computed_by_hand(fits):
         assert row["coverage_error"] == pytest.approx(np.abs(observed - levels).mean(), abs=1e-6)
         assert row["elbo"] == posterior.elbo
         assert row["seconds"] == posterior.seconds
-    assert table.attrs["not_comparable"] == {}  # one model, method and data: bounds compare
+    assert "elbo" not in table.attrs["not_comparable"]  # one model, method and data
 
 
 def test_the_best_log_score_comes_first(fits):
@@ -105,6 +109,61 @@ def test_leave_one_out_agrees_with_leaving_one_out():
     assert table.loc["nuts", "log_score"] == pytest.approx(total / 30, abs=0.02)
 
 
+def test_held_out_and_leave_one_out_stand_in_one_table(fits):
+    beside, alone = bnn.compare(fits, data=HELD_OUT), None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = bnn.compare(fits)
+    for name in fits:
+        assert beside.loc[name, "loo"] == alone.loc[name, "log_score"]
+        assert beside.loc[name, "loo_se"] == alone.loc[name, "log_score_se"]
+        assert beside.loc[name, "high_k"] == alone.loc[name, "high_k"]
+        assert beside.loc[name, "max_k"] == alone.loc[name, "max_k"]
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+def test_leave_one_out_of_many_rows_is_told_from_some(inputs, monkeypatch):
+    def constant(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 30):
+            pyro.sample("y", dist.Normal(w, 0.5), obs=y)
+
+    program, data = (model, (X, Y)) if inputs else (constant, (Y,))
+    posterior = bnn.fit(program, *data, method=bnn.Laplace(steps=300, draws=200))
+    k = loo(posterior)[2]
+    some = torch.linspace(0, 29, 7).round().long()
+    flat = posterior.log_likelihood().flatten(0, 1).double()[:, some]
+    plain = math.log(len(flat)) - (-flat).logsumexp(0)  # k is small: smoothing moves it little
+    few, error, of_few = loo(posterior, 7)
+    assert of_few == pytest.approx(k[some.numpy()], abs=1e-3)
+    assert few == pytest.approx(float(plain.mean()), abs=0.01)
+    assert error == pytest.approx(float(plain.std(correction=0)) / math.sqrt(7), abs=0.01)
+    monkeypatch.setattr(sys.modules["bnn.compare"], "_LOO_ROWS", 7)
+    table = bnn.compare({"one": posterior}, data=data)
+    assert table.loc["one", "loo"] == few
+    assert table.attrs["notes"]["loo"] == "of 7 training rows, evenly spread over up to 30"
+    assert "loo: of 7 training rows" in str(table)
+
+
+def test_the_table_says_where_there_is_no_leave_one_out(fits):
+    rows = torch.utils.data.TensorDataset(X, Y)
+    loader = torch.utils.data.DataLoader(rows, batch_size=10, shuffle=True)
+    streamed = bnn.fit(model, loader, method=bnn.SVI(steps=50, draws=50))
+    table = bnn.compare({"streamed": streamed}, data=HELD_OUT)
+    assert "loo" not in table
+    assert table.attrs["notes"]["loo"].startswith("none. The training rows came from a loader")
+    assert "loo: none" in str(table)
+    assert "loo: none" in table._repr_html_()
+    table = bnn.compare(fits | {"streamed": streamed}, data=HELD_OUT)
+    assert math.isnan(table.loc["streamed", "loo"])
+    assert "loo" in table.loc["streamed", "not_comparable"].split(", ")
+    assert 'none of "streamed": The training rows' in table.attrs["not_comparable"]["loo"]
+    half = bnn.fit(model, X[:15], Y[:15], method=bnn.SVI(steps=50, draws=50))
+    table = bnn.compare(fits | {"half": half}, data=HELD_OUT)
+    assert "which differ" in table.attrs["not_comparable"]["loo"]
+    assert all("loo" in marked.split(", ") for marked in table["not_comparable"])
+
+
 def test_a_mode_has_no_leave_one_out_and_the_table_says_so():
     mode = bnn.fit(model, X, Y, method=bnn.MAP(steps=300, draws=40))
     with pytest.warns(bnn.ApproximationWarning, match="rests on 30 of 30 rows"):
@@ -124,7 +183,12 @@ def test_labels_are_scored_by_accuracy():
     expected = bnn.calibration.ece(stated, y)
     assert table.loc["labels", "ece"] == pytest.approx(expected)
     assert "rmse" not in table
-    assert "coverage_90" not in table
+    ordered, order = stated.sort(-1, descending=True)
+    inside = [
+        int(truth) in row[: int((some.cumsum(0) < 0.9).sum()) + 1].tolist()
+        for truth, row, some in zip(y, order, ordered, strict=True)
+    ]
+    assert table.loc["labels", "coverage_90"] == pytest.approx(np.mean(inside))
 
 
 def test_labels_of_every_place_of_a_row_are_scored():
@@ -159,10 +223,12 @@ def test_the_table_says_where_a_column_does_not_compare(fits):
     }
     table = bnn.compare(several, data=HELD_OUT)
     assert dict(table["not_comparable"]) == {
-        "few": "elbo", "many": "elbo", "wide": "elbo", "half": "log_evidence",
-        "all": "log_evidence", "mode": "",
+        "few": "loo, elbo", "many": "loo, elbo", "wide": "loo, elbo", "half": "loo, log_evidence",
+        "all": "loo, log_evidence", "mode": "loo",
     }  # fmt: skip
     assert table.attrs["not_comparable"] == {
+        "loo": "rests on rows with k > 0.7, and is likely too good; of the rows of each fit, which "
+        "differ",
         "elbo": "bounds with gaps of their own: they differ in model",
         "log_evidence": "evidence of other data: they differ in observations, inputs",
     }

@@ -119,7 +119,7 @@ def test_a_report_is_escaped():
 def test_a_comparison_tells_what_does_not_compare(posterior):
     table = bnn.compare({HOSTILE: posterior, "again": posterior}, data=(X, Y))
     assert isinstance(table, pandas.DataFrame)
-    assert table.attrs["not_comparable"] == {}
+    assert set(table.attrs["not_comparable"]) <= {"loo"}  # of few draws
     text = shown(table)
     assert HOSTILE in text
     assert f"{table.loc[HOSTILE, 'log_score']:.4g}" in text

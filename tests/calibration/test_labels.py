@@ -1,6 +1,7 @@
 """Calibration of labels by hand, on the edges of bins, and beside other packages."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
 import bnn
-from bnn.calibration import brier, brier_decomposition, ece, nll, reliability
+from bnn.calibration import brier, brier_decomposition, ece, nll, reliability, set_coverage
 
 # Of two classes the first is right in "R", wrong in "W".
 STATED = [0.6, 0.5, 0.8, 0.8, 0.7, 1.0]
@@ -203,6 +204,31 @@ def test_scores_by_hand():
     assert nll(probs, [0, 2]) == pytest.approx(-(math.log(0.7) + math.log(0.5)) / 2)
     assert nll(probs, [0, 0]) == math.inf
     assert nll([[1 + 1e-5, -1e-5]], [1]) == math.inf  # what rounding leaves of 0
+
+
+@pytest.mark.parametrize("level", [0.3, 0.5, 0.9, 0.99])
+def test_sets_are_the_smallest_of_all_that_are_probable_enough(level):
+    """Against all subsets of four labels, the most probable of the smallest ones."""
+    probs = torch.rand(60, 4, generator=torch.Generator().manual_seed(0)).double()
+    probs = probs / probs.sum(-1, keepdim=True)
+    labels = torch.randint(4, (60,), generator=torch.Generator().manual_seed(1))
+    subsets = [each for size in range(1, 5) for each in combinations(range(4), size)]
+    held = 0
+    for row, label in zip(probs.tolist(), labels.tolist(), strict=True):
+        enough = [each for each in subsets if sum(row[k] for k in each) >= level - 1e-9]
+        least = [each for each in enough if len(each) == len(enough[0])]
+        held += label in max(least, key=lambda each: sum(row[k] for k in each))
+    assert float(set_coverage(probs, labels, level)) == held / 60
+
+
+def test_sets_that_end_at_the_level_hold_no_more():
+    """.6 + .3 is .9, whichever way float32 rounds it; and calibrated rows are covered by .9."""
+    probs = torch.tensor([[0.6, 0.3, 0.1]]).expand(10, 3)
+    labels = [0] * 6 + [1] * 3 + [2]
+    found = set_coverage(probs, labels, torch.tensor([0.6, 0.61, 0.9, 0.91]))
+    assert found.tolist() == pytest.approx([0.6, 0.9, 0.9, 1.0])
+    with pytest.raises(bnn.DataError, match="level"):
+        set_coverage(probs, labels, 90)
 
 
 def test_rows_may_have_axes():
