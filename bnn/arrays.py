@@ -1,12 +1,27 @@
 """Arrays: what the rooms that never see a posterior take, checked by the argument's name."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bnn.errors import DataError
+
+
+@runtime_checkable
+class Stated(Protocol):
+    """What a `Prediction` states, and a `Summary`: so much of it that no array passes for one."""
+
+    probs: Tensor | None
+
+    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Central interval of y."""
+        ...
+
+    def quantile(self, q: float | Tensor) -> Tensor:
+        """Quantiles of y."""
+        ...
 
 
 def tensor(value: Any, name: str) -> Tensor:

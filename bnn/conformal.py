@@ -14,8 +14,10 @@ average over these: they may depend on one another, and n counts the rows (Lee, 
     aps     the most probable labels up to a sum: larger sets, of more even coverage over rows
     raps    aps that pays for each label beyond the first few: smaller sets where labels are many
 
-    rule = bnn.conformal.cqr(*posterior.predict(x_held_out).interval(0.9), y_held_out)
-    lower, upper = rule(*posterior.predict(x_new).interval(0.9))
+    rule = bnn.conformal.cqr(posterior.predict(x_held_out), y_held_out)
+    lower, upper = rule(posterior.predict(x_new))
+
+All take a prediction of any posterior, or arrays: cqr(lower, upper, y) and rule(lower, upper).
 """
 
 import math
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.arrays import classified, finite, probabilities, probability, same_rows, tensor
+from bnn.arrays import Stated, classified, finite, probabilities, probability, same_rows, tensor
 from bnn.errors import ApproximationWarning, DataError
 
 
@@ -50,7 +52,14 @@ class Split:
     level: float
 
     def __call__(self, mean: Any, std: Any = None) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends, (row, *) each, of means and (where scaled) deviations (row, *)."""
+        """Lower and upper ends, (row, *) each.
+
+        Args:
+            mean: a prediction, or means, (row, *).
+            std: where scaled and of means, their deviations, (row, *).
+        """
+        if isinstance(mean, Stated):
+            mean, std = _means(mean, True if self.scaled else None)
         mean = finite(mean, "mean")
         if self.scaled != (std is not None):
             told = "with" if self.scaled else "without"
@@ -75,12 +84,16 @@ class CQR:
     shift: float
     level: float
 
-    def __call__(self, lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends of intervals (row, *) each; their middle where the ends would cross.
+    def __call__(self, lower: Any, upper: Any = None) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends, (row, *) each; the interval's middle where they would cross.
 
         A single point there, where the rule would allow nothing, keeps what is promised.
+
+        Args:
+            lower: a prediction, whose interval of this level is moved; or lower ends, (row, *).
+            upper: upper ends, (row, *), of lower ends.
         """
-        lower, upper = _interval(lower, upper)
+        lower, upper = _interval(*_ends(lower, upper, self.level))
         middle = (lower + upper) / 2
         return torch.minimum(lower - self.shift, middle), torch.maximum(upper + self.shift, middle)
 
@@ -113,10 +126,10 @@ class Sets:
         """Whether each label is in the set, (row, *, class), bool. A set can be empty.
 
         Args:
-            probs: class probabilities, (row, *, class).
+            probs: a prediction, or class probabilities, (row, *, class).
             seed: of the chance by which the last label enters.
         """
-        probs = probabilities(probs)
+        probs = probabilities(_probs(probs))
         return self._scores(probs, (seed, 1)) <= self.threshold
 
     def _scores(self, probs: Tensor, seed: tuple[int, int]) -> Tensor:
@@ -138,10 +151,10 @@ def split(mean: Any, y: Any, *, std: Any = None, level: float = 0.9) -> Split:
     """Mean +- a quantile of held-out errors.
 
     Args:
-        mean: predictive means of held-out rows, (row, *), such as `prediction.mean`.
+        mean: a prediction of held-out rows, or means, (row, *).
         y: their observations, (row, *).
-        std: predictive standard deviations, (row, *), such as `prediction.std`: the intervals are
-            then wide where the posterior is unsure. Default: all of one width.
+        std: True for the prediction's standard deviations, or such of means, (row, *): the
+            intervals are then wide where the posterior is unsure. Default: all of one width.
         level: probability that an interval holds a new observation.
 
     Raises:
@@ -158,6 +171,7 @@ def split(mean: Any, y: Any, *, std: Any = None, level: float = 0.9) -> Split:
         >>> rule(torch.zeros(1))
         (tensor([-8.]), tensor([8.]))
     """
+    mean, std = _means(mean, std)
     mean, y = finite(mean, "mean"), finite(y, "y")
     same_rows(mean, y, ("mean", "y"))
     away = (y.to(mean.device) - mean).abs()
@@ -166,12 +180,15 @@ def split(mean: Any, y: Any, *, std: Any = None, level: float = 0.9) -> Split:
     return Split(_quantile(away, level), std is not None, level)
 
 
-def cqr(lower: Any, upper: Any, y: Any, *, level: float = 0.9) -> CQR:
+def cqr(lower: Any, upper: Any, y: Any = None, *, level: float = 0.9) -> CQR:
     """Conformalised quantile regression: any interval, moved until it holds enough held-out rows.
 
+    Call it as cqr(prediction, y), which takes the prediction's interval of that level, or as
+    cqr(lower, upper, y).
+
     Args:
-        lower: lower ends of intervals of held-out rows, (row, *): `prediction.interval(0.9)[0]`.
-        upper: upper ends, (row, *).
+        lower: a prediction of held-out rows, or lower ends of intervals of theirs, (row, *).
+        upper: upper ends, (row, *); of a prediction the observations, and no y.
         y: observations, (row, *).
         level: probability that an interval holds a new observation; as a rule that of the intervals
             passed in.
@@ -191,7 +208,11 @@ def cqr(lower: Any, upper: Any, y: Any, *, level: float = 0.9) -> CQR:
         >>> rule(-torch.ones(1), torch.ones(1))  # the ends move out by 7
         (tensor([-8.]), tensor([8.]))
     """
-    lower, upper = _interval(lower, upper)
+    if isinstance(lower, Stated):
+        if y is not None:
+            raise DataError("Of a prediction cqr takes its observations: cqr(prediction, y).")
+        y, upper = upper, None
+    lower, upper = _interval(*_ends(lower, upper, level))
     y = finite(y, "y").to(lower.device)
     same_rows(lower, y, ("lower", "y"))
     return CQR(_quantile(torch.maximum(lower - y, y - upper), level), level)
@@ -201,7 +222,7 @@ def lac(probs: Any, labels: Any, *, level: float = 0.9) -> Sets:
     """Least ambiguous sets: the labels of at least a certain probability.
 
     Args:
-        probs: class probabilities of held-out rows, (row, class).
+        probs: a prediction of held-out rows, or class probabilities, (row, class).
         labels: class indices, (row,).
         level: probability that a set holds a new label.
 
@@ -231,7 +252,7 @@ def aps(
     """Adaptive prediction sets: the most probable labels, until their probabilities sum to enough.
 
     Args:
-        probs: class probabilities of held-out rows, (row, class).
+        probs: a prediction of held-out rows, or class probabilities, (row, class).
         labels: class indices, (row,).
         level: probability that a set holds a new label.
         randomised: the last label enters by chance; else always, and sets are larger.
@@ -268,7 +289,7 @@ def raps(
     """Regularised adaptive prediction sets: `aps` with a price on long sets.
 
     Args:
-        probs: class probabilities of held-out rows, (row, class).
+        probs: a prediction of held-out rows, or class probabilities, (row, class).
         labels: class indices, (row,).
         level: probability that a set holds a new label.
         penalty: price of each label after the `free` most probable ones, at least 0.
@@ -299,10 +320,43 @@ def raps(
 
 
 def _sets(probs: Any, labels: Any, rule: Sets, seed: int) -> Sets:
+    probs = _probs(probs)
     rows = len(tensor(probs, "probs"))
     probs, labels = classified(probs, labels)
     scores = rule._scores(probs, (seed, 0)).gather(-1, labels[:, None]).reshape(rows, -1)
     return replace(rule, threshold=_quantile(scores, rule.level, stacklevel=4))
+
+
+def _probs(given: Any) -> Any:
+    """Class probabilities, of a prediction too."""
+    if not isinstance(given, Stated):
+        return given
+    if given.probs is None:
+        raise DataError("The prediction is of numbers. Take conformal.split or cqr.")
+    return given.probs
+
+
+def _means(given: Any, std: Any) -> tuple[Any, Any]:
+    """Means and deviations, of a prediction too, whose own deviations are std=True."""
+    if isinstance(given, Stated):
+        _numbers(given)
+        return given.mean, given.std if std is True else std  # type: ignore[attr-defined]
+    if std is True:
+        raise DataError("Of means alone std is not known. Pass a prediction, or their std.")
+    return given, std
+
+
+def _ends(lower: Any, upper: Any, level: float) -> tuple[Any, Any]:
+    """Ends of intervals, of a prediction too."""
+    if not isinstance(lower, Stated):
+        return lower, upper
+    _numbers(lower)
+    return lower.interval(float(probability(level)))
+
+
+def _numbers(given: Stated) -> None:
+    if given.probs is not None:
+        raise DataError("The prediction is of labels. Take conformal.lac, aps or raps.")
 
 
 def _quantile(scores: Tensor, level: float, stacklevel: int = 3) -> float:

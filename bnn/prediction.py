@@ -144,6 +144,31 @@ class Prediction(Predictive):
             return False
         return self.y.is_meta or torch.equal(self.outcomes[:, :: shape[1] // draws], self.y)
 
+    @property
+    def draw_probs(self) -> Tensor:
+        """Class probabilities at each draw, (chain, draw, row, *, class); their mean is `probs`.
+
+        They are read off f, as logits or as probabilities, whichever have that mean.
+
+        Raises:
+            ModelError: y is a number; or f is neither.
+        """
+        self.entropy  # noqa: B018  the same refusal
+        assert self.probs is not None
+        ways = [lambda f: f.softmax(-1), lambda f: f]
+        if self.f.ndim == self.probs.ndim + 1:  # one number a label of two
+            ways = [lambda f: torch.stack([(-f).sigmoid(), f.sigmoid()], -1)]
+            ways.append(lambda f: torch.stack([1 - f, f], -1))
+        for way in ways:
+            each = way(self.f)
+            if each.shape[2:] == self.probs.shape:
+                if torch.allclose(each.double().mean((0, 1)), self.probs.double(), atol=1e-4):
+                    return each
+        raise ModelError(
+            "The probabilities at each draw cannot be read off f, which are neither their logits "
+            "nor they themselves. Let the model announce logits as f, or no f."
+        )
+
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantiles of y over all draws, (row, *), or (q, row, *) for several."""
         pooled = self.outcomes.flatten(0, 1)  # (chain*draw*times, row, *)

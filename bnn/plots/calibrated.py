@@ -1,7 +1,7 @@
 """Do stated probabilities come true? Coverage, PIT, reliability, and ranks of simulations."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -228,29 +228,36 @@ def reliability(
     y: Any,
     *,
     bins: int = 10,
+    band: Literal["rows", "posterior"] = "rows",
     title: str = "",
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Share of right labels against the probability stated for them, in bins of equal count.
 
-    See `calibration.reliability`.
+    See `calibration.reliability`. The bars are what chance leaves open of a share of so few rows
+    (Wilson's 95 % interval); or what the posterior does: the bar then holds the share that 95 % of
+    the draws find in the bin, each by its own probabilities, and need not hold the point.
 
     Args:
         predictions: one, or several by name, of rows whose observation is a label.
         y: labels, (row,).
         bins: most bins; fewer where rows are few.
+        band: where the bars come from, "rows" or "posterior".
         title: above the axes.
         ax: where to draw; default a new figure.
 
     Raises:
-        DataError: y is not a label, or has other rows than the prediction.
+        DataError: y is not a label, or has other rows than the prediction; an unknown band.
+        ModelError: the bars of the posterior, and no probabilities at its draws.
 
     Example:
         >>> import bnn
         >>> x = torch.linspace(-1, 1, 30)[:, None]
         >>> prediction = bnn.prior_predictive(bnn.models.mlp_classification(1, 2), x, draws=50)
-        >>> ax = reliability(prediction, (x[:, 0] > 0).long())
+        >>> ax = reliability(prediction, (x[:, 0] > 0).long(), band="posterior")
     """
+    if band not in ("rows", "posterior"):
+        raise DataError(f'band is {band!r}. Pass "rows" or "posterior".')
     observed = tensor(y, "y").cpu()
     curves = {}
     for name, prediction in style.named(predictions).items():
@@ -263,22 +270,33 @@ def reliability(
                 f"The prediction has rows {tuple(label.shape)} and y has {tuple(observed.shape)}."
             )
         most = min(bins, max(len(observed) // 10, 1))
-        curves[name] = calibration.reliability(prediction.probs, observed, bins=most)
+        draws = prediction.draw_probs if band == "posterior" else None
+        curves[name] = calibration.reliability(prediction.probs, observed, bins=most, draws=draws)
     ax = style.axes(ax)
     ax.plot([0, 1], [0, 1], color=style.IDEAL, lw=1, ls="--", label="calibrated")
     for i, (name, curve) in enumerate(curves.items()):
-        error = torch.stack([curve.observed - curve.lower, curve.upper - curve.observed]).cpu()
-        look = style.look(i) | {"lw": 1.5, "ms": 5, "capsize": 2, "label": name or "observed"}
-        ax.errorbar(curve.stated.cpu(), curve.observed.cpu(), error, **look)
+        stated, share, lower, upper = (
+            each.cpu() for each in (curve.stated, curve.observed, curve.lower, curve.upper)
+        )
+        look = style.look(i) | {"lw": 1.5, "ms": 5, "label": name or "observed"}
+        if band == "rows":
+            ax.errorbar(
+                stated, share, torch.stack([share - lower, upper - share]), capsize=2, **look
+            )
+            continue
+        ax.plot(stated, share, **look)
+        label = f"{name}: draws" if name else "draws"
+        colour = style.tint(str(look["color"]))
+        ax.vlines(stated, lower, upper, color=colour, lw=4, zorder=1, label=label)
     ax.set(
         xlabel="stated probability of the predicted label",
-        ylabel="share of right labels (95 % interval)",
+        ylabel="share of right labels (95 % " + ("interval)" if band == "rows" else "of draws)"),
         title=title,
         xlim=(0, 1.02),
         ylim=(0, 1.05),
     )
     least = min(float(curve.stated.min()) for curve in curves.values())
-    if least < 0.4 or len(curves) > 4:
+    if least < (0.4 if band == "rows" else 0.5) or len(curves) > 4:
         style.legend_below(ax)
     else:
         ax.legend(loc="upper left", frameon=False, fontsize="small")

@@ -3,6 +3,8 @@
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -243,3 +245,78 @@ Y = torch.arange(20.0)
 def test_what_does_not_fit_is_refused(call, match):
     with pytest.raises(bnn.DataError, match=match):
         call()
+
+
+# Of predictions
+
+
+def line(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(w * x, 0.5 + x.abs()), obs=y)
+
+
+def three(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Categorical(logits=x[:, None] * w), obs=y)
+
+
+X = torch.linspace(-2, 2, 60)
+NUMBERS = X + torch.randn(60, generator=torch.Generator().manual_seed(0))
+LABELS = (X > -0.5).long() + (X > 0.5)
+METHODS = [bnn.Laplace(steps=300, draws=100), bnn.DeepEnsemble(members=3, steps=300)]
+quiet = pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+
+
+@quiet
+@pytest.mark.parametrize("method", METHODS, ids=["laplace", "ensemble"])
+def test_a_prediction_stands_for_its_arrays(method):
+    """Whatever posterior it is of."""
+    even, odd = X[::2], X[1::2]
+    fitted = bnn.fit(line, even, NUMBERS[::2], method=method, progress=False)
+    held, new, y = fitted.predict(odd), fitted.predict(even), NUMBERS[1::2]
+    rule = split(held, y, level=0.8)
+    assert rule == split(held.mean, y, level=0.8)
+    assert all(map(torch.equal, rule(new), rule(new.mean)))
+    rule = split(held, y, std=True, level=0.8)
+    assert rule == split(held.mean, y, std=held.std, level=0.8)
+    assert all(map(torch.equal, rule(new), rule(new.mean, new.std)))
+    rule = cqr(held, y, level=0.8)
+    assert rule == cqr(*held.interval(0.8), y, level=0.8)
+    assert all(map(torch.equal, rule(new), rule(*new.interval(0.8))))
+    fitted = bnn.fit(three, even, LABELS[::2], method=method, progress=False)
+    held, new = fitted.predict(odd), fitted.predict(even)
+    for fit in (lac, aps, raps):
+        rule = fit(held, LABELS[1::2], level=0.8)
+        assert rule == fit(held.probs, LABELS[1::2], level=0.8)
+        assert torch.equal(rule(new), rule(new.probs))
+
+
+def test_a_summary_of_batches_stands_for_its_arrays():
+    fitted = bnn.fit(line, X, NUMBERS, method=METHODS[0], progress=False)
+    rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=20)
+    summary = fitted.predict(rows, quantiles=(0.1, 0.5, 0.9))
+    rule = split(summary, NUMBERS, std=True, level=0.8)
+    assert rule == split(summary.mean, NUMBERS, std=summary.std, level=0.8)
+    rule = cqr(summary, NUMBERS, level=0.8)
+    assert rule == cqr(*summary.interval(0.8), NUMBERS, level=0.8)
+
+
+@quiet
+def test_predictions_of_the_other_kind_are_refused():
+    numbers, labels = (
+        bnn.fit(model, X, y, method=METHODS[0], progress=False).predict(X)
+        for model, y in ((line, NUMBERS), (three, LABELS))
+    )
+    for call in (lambda: split(labels, LABELS), lambda: cqr(labels, LABELS)):
+        with pytest.raises(bnn.DataError, match="prediction is of labels"):
+            call()
+    with pytest.raises(bnn.DataError, match="prediction is of numbers"):
+        lac(numbers, LABELS)
+    with pytest.raises(bnn.DataError, match="Pass a prediction, or their std"):
+        split(numbers.mean, NUMBERS, std=True)
+    with pytest.raises(bnn.DataError, match=r"cqr\(prediction, y\)"):
+        cqr(numbers, NUMBERS, NUMBERS)
+    with pytest.raises(bnn.DataError, match="fitted with std"):
+        split(numbers, NUMBERS, std=True)(numbers.mean)

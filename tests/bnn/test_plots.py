@@ -199,6 +199,51 @@ def test_reliability_draws_the_share_of_right_labels():
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 1.02), (0, 1.05))
 
 
+def logits():
+    """Three classes, of two chains of 50 draws: each draw has probabilities of its own."""
+    noise = torch.Generator().manual_seed(3)
+    f = 2 * DRAWS[0, :3].T + 0.5 * torch.randn(2, 50, ROWS, 3, generator=noise)
+    probs = f.softmax(-1).mean((0, 1))
+    return replace(labels(), f=f, y=LABELS.expand(2, 50, ROWS), outcomes=None, probs=probs)
+
+
+def test_reliability_draws_what_the_posterior_leaves_open():
+    ax = plots.reliability(logits(), LABELS, bins=4, band="posterior")
+    draws = logits().f.softmax(-1)
+    curve = calibration.reliability(logits().probs, LABELS, bins=4, draws=draws)
+    x, share = line_of(ax, "observed")
+    assert (x, share) == (
+        pytest.approx(curve.stated.numpy()),
+        pytest.approx(curve.observed.numpy()),
+    )
+    (bars,) = ax.collections
+    ends = np.array([each[:, 1] for each in bars.get_segments()])
+    assert ends[:, 0] == pytest.approx(curve.lower.numpy())
+    assert ends[:, 1] == pytest.approx(curve.upper.numpy())
+    assert [each[0, 0] for each in bars.get_segments()] == pytest.approx(x)
+    assert told(ax) == ["calibrated", "observed", "draws"]
+    assert ax.get_ylabel() == "share of right labels (95 % of draws)"
+    ax = plots.reliability({"a": logits(), "b": logits()}, LABELS, band="posterior")
+    assert told(ax) == ["calibrated", "a", "a: draws", "b", "b: draws"]
+
+
+def test_probabilities_at_draws_are_read_off_f_in_whatever_way_they_stand_there():
+    f = logits().f
+    torch.testing.assert_close(logits().draw_probs, f.softmax(-1))
+    stated = replace(logits(), f=f.softmax(-1))
+    torch.testing.assert_close(stated.draw_probs, f.softmax(-1))
+    two = f[..., 0]
+    probs = torch.stack([(-two).sigmoid(), two.sigmoid()], -1)
+    coin = replace(logits(), f=two, probs=probs.mean((0, 1)))
+    torch.testing.assert_close(coin.draw_probs, probs)
+    torch.testing.assert_close(replace(coin, f=two.sigmoid()).draw_probs, probs)
+    for other in (replace(coin, f=two.exp()), replace(logits(), f=f.exp()), labels()):
+        with pytest.raises(bnn.ModelError, match="cannot be read off f"):
+            _ = other.draw_probs
+    with pytest.raises(bnn.ModelError, match="number"):
+        _ = numbers().draw_probs
+
+
 def test_colours_can_be_told_apart_and_keep_their_meaning():
     parts = (plots.ALEATORIC, plots.EPISTEMIC, plots.TOTAL, plots.TRUTH)
     for palette in (plots.SERIES, parts):
@@ -215,6 +260,7 @@ def test_colours_can_be_told_apart_and_keep_their_meaning():
         (lambda: plots.coverage(labels(), LABELS), "reliability"),
         (lambda: plots.coverage({"a": numbers(), "b": labels()}, Y), "reliability"),
         (lambda: plots.reliability(numbers(), Y), "coverage"),
+        (lambda: plots.reliability(labels(), LABELS, band="draws"), '"rows" or "posterior"'),
         (lambda: plots.truth(numbers(), Y[:-1]), r"\(40,\) and y has \(39,\)"),
         (lambda: plots.truth(numbers(), Y[:, None]), r"\(40, 1\)"),
         (lambda: plots.coverage(numbers(), Y[:-1]), "rows must be the same"),
