@@ -103,7 +103,8 @@ def compare(
     rows = {name: _row(name, posterior, data, lost) for name, posterior in posteriors.items()}
     table = pandas.DataFrame.from_dict(rows, orient="index")
     table.index.name = "held out" if data is not None else "leave one out"
-    absent = [k for k in (*_LOO, "elbo", "log_evidence") if k in table and table[k].isna().all()]
+    some = [k for k in (*_LOO, "elbo", "log_evidence") if k in table]
+    absent = [k for k in some if bool(table[k].isna().all())]
     table = table.drop(columns=absent).sort_values("log_score", ascending=False)
     return _marked(table, posteriors, lost, in_sample=data is None)
 

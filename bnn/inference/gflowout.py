@@ -167,9 +167,8 @@ class GFlowOut(Optimised):
             with torch.no_grad():
                 fitted = {name: value.clone() for name, value in flat(leaves["masks"]).items()}
                 scores = flow.scores(mode, data.once(self.batch_size), fitted, self.draws)
-                draws = {
-                    k: v.expand(1, self.draws, *v.shape) for k, v in energy.values(mode).items()
-                }
+                values = energy.values(mode).items()
+                draws = {k: v.expand(1, self.draws, *v.shape) for k, v in values}
                 draws |= flow.draws(fitted, self.draws)
             params = constrained_parameters()
         log_evidence, found = assess(*scores, self.power)
@@ -197,3 +196,5 @@ class GFlowOut(Optimised):
     def findings(self, posterior: Posterior) -> list[Finding]:
         """How far q is from balance, and whether it has collapsed."""
         return findings(posterior.params)
+
+    at_fit = findings

@@ -261,6 +261,25 @@ def test_diagnose_reports(posterior):
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+def test_a_fit_warns_of_what_the_report_finds_doubtful(posterior):
+    """By itself, each cause once: the climb has its own warning, chains one, a point none."""
+    report, said = posterior.diagnose(), bnn.diagnostics.at_fit(posterior)
+    names = [each.name for each in said]
+    assert len(names) == len(set(names))
+    assert all(each.doubtful for each in said)
+    of_chains = lambda name: name.startswith(("R-hat of", "draws of a chain")) or " ESS of " in name
+    assert sum(map(of_chains, names)) <= 1
+    for each in report.doubtful:
+        if each.name == "rise of the objective":
+            continue
+        if each.name == "spread of f":
+            assert names or posterior.method.is_point
+        elif of_chains(each.name):
+            assert any(map(of_chains, names)), each
+        else:
+            assert each.name in names, each
+
+
 def test_arviz_opens_the_same_groups(posterior, tmp_path):
     exported = posterior.to_arviz(predictions=posterior.predict(torch.ones(2, 3)))
     exported.to_netcdf(tmp_path / "posterior.nc")
