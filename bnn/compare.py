@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 LEVEL = 0.9
 _LEVELS = torch.linspace(0.05, 0.95, 19)
 _HIGH = 0.7  # of Pareto's k: Vehtari, Gelman, Gabry (2017)
-_LOO_ROWS = 1_000  # beside held-out scores: each costs a millisecond
+_LOO = ("loo", "loo_se", "high_k", "max_k")  # beside held-out scores,
+_LOO_ROWS = 1_000  # of so many rows: each costs a millisecond
 
 
 def compare(
@@ -196,9 +197,6 @@ def _row(
 
 def _rmse(mean: Tensor, y: Tensor) -> float:
     return float((mean - y).double().square().mean().sqrt())
-
-
-_LOO = ("loo", "loo_se", "high_k", "max_k")
 
 
 def _marked(

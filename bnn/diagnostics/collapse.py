@@ -152,8 +152,8 @@ def balance(
         some = torch.linspace(0, data.rows - 1, _QUICK_ROWS).round().long()
     before = replace(posterior, draws={k: latent[k] for k in posterior.draws})
     theirs, error, count = _likelihood(before, some, quick)
-    if count < _FEWEST:
-        return None
+    if count < _FEWEST or not math.isfinite(error):
+        return None  # a prior under which the data cannot be, or nearly, is no bound
     above, limit = posterior.elbo - theirs, -_MATTERS - 4 * error
     ours = _likelihood(posterior, some, quick)[0]
     return Finding(

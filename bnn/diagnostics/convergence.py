@@ -251,7 +251,7 @@ def of_ess(what: str, values: Tensor) -> list[Finding]:
             value=value,
             threshold=ESS_LIMIT,
             doubtful=not value >= ESS_LIMIT,
-            meaning=f"The draws are worth {value:.0f} independent ones for {of}"
+            meaning=f"The draws of {what} are worth {value:.0f} independent ones for {of}"
             + ("." if error is None else f": known to {error:.1g} posterior standard deviations."),
             advice="Raise draws.",
         )

@@ -74,11 +74,12 @@ def of_k(k: float, draws: int, whose: str = "posterior") -> Finding:
         value=k,
         threshold=limit,
         doubtful=far,
-        meaning=f"The ratios {whose} / q have a Pareto tail with k = {k:.2f} (limit {limit:.2g}): "
+        meaning=f"The ratios p / q, p the {whose}, have a Pareto tail with k = {k:.2f} (limit "
+        f"{limit:.2g}): "
         + (
-            f"q misses mass that the {whose} has, and its widths are its own."
+            "q misses mass that p has, and its widths are its own."
             if far
-            else f"q is close enough to the {whose} that reweighting its draws would work."
+            else "q is close enough to p that reweighting its draws would work."
         ),
         advice='Take a wider family (SVI guide="full_rank" or "flow"), or bnn.NUTS; predictions '
         "can be good all the same: score them on held-out rows.",

@@ -591,6 +591,20 @@ def test_the_bound_is_weighed_by_some_of_many_rows(rows):
     assert not finding.doubtful
 
 
+def test_a_prior_under_which_the_data_cannot_be_is_no_bound():
+    """exp(100 z) overflows at a prior draw: the expected log likelihood is -inf, and no alarm."""
+
+    def model(x, y=None):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((100 * z).exp() * x, 1.0), obs=y)
+
+    x = torch.linspace(-1, 1, 20)
+    posterior = fit(model, x, x, method=bnn.SVI(steps=300, learning_rate=0.002))
+    for found in (bnn.diagnostics.at_fit(posterior), posterior.diagnose().findings):
+        assert "ELBO above the prior's" not in {each.name for each in found}
+
+
 def test_an_answer_that_is_a_point_by_what_it_is_is_not_warned_of(regression):
     """Nor are good fits: of a guide, a Gaussian, members that differ."""
     methods = [

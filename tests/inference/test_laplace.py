@@ -433,7 +433,7 @@ def test_linearized_and_sampled_agree_on_a_linear_model(regression):
     wholes = "posterior", "posterior of the program that predicts"
     for posterior, whose in zip((first, second), wholes, strict=True):
         (k,) = (each for each in posterior.diagnose().findings if each.name == "k-hat of q")
-        assert k.meaning.startswith(f"The ratios {whose} / q")
+        assert k.meaning.startswith(f"The ratios p / q, p the {whose}, have")
     torch.testing.assert_close(first.predict(x).f, second.predict(x).f, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first.predict(x).y, second.predict(x).y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
