@@ -2,11 +2,11 @@
 
 along an input    `band`, `functions`, `decomposition`
 calibration       `truth`, `coverage`, `pit`, `reliability`, `risk_coverage`
-transformers      `attention`, `saliency`
+transformers      `attention`, `saliency`, `saliency_map`
 fits              `trace`, `history`, `members`, `members_film`, `diagnose`, `compare`, `sbc`
 
-All but `attention` take `ax=`, and open a figure where there is none. Aleatoric is orange and
-epistemic blue.
+All but `attention` and `saliency_map` take `ax=`, and open a figure where there is none. Aleatoric
+is orange and epistemic blue.
 """
 
 from bnn.plots._style import ALEATORIC, EPISTEMIC, IDEAL, MARKERS, SERIES, TOTAL, TRUTH
@@ -15,7 +15,7 @@ from bnn.plots.functions import functions, trace
 from bnn.plots.intervals import band, truth
 from bnn.plots.tables import compare, diagnose
 from bnn.plots.training import history, members, members_film
-from bnn.plots.transformers import attention, saliency
+from bnn.plots.transformers import attention, saliency, saliency_map
 from bnn.plots.uncertainty import decomposition, risk_coverage
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "reliability",
     "risk_coverage",
     "saliency",
+    "saliency_map",
     "sbc",
     "trace",
     "truth",

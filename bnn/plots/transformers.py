@@ -118,7 +118,7 @@ def saliency(
 
     To first order, what each token adds to log P / (1 - P), which does not flatten where P is near
     1 as P does. The gradient is at the input; of token ids, at what their embedding gives. The
-    features of a token are summed.
+    features of a token are summed. For images see `saliency_map`.
 
     Args:
         posterior: of a model of labels, one a row.
@@ -145,11 +145,8 @@ def saliency(
     from matplotlib import pyplot
 
     values, label = salience(posterior, x, row=row, draws=draws, seed=seed)
-    if not 0 < level < 1:
-        raise DataError(f"level is {level!r}. Pass a probability in (0, 1), such as 0.9.")
     names = _names(tokens, values.shape[1])
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    lower, upper = np.quantile(values, ends, axis=0)
+    lower, upper = np.quantile(values, _ends(level), axis=0)
     mean, place = values.mean(0), np.arange(len(names))
     clear = (lower > 0) | (upper < 0)
     if ax is None:
@@ -167,16 +164,125 @@ def saliency(
     return ax
 
 
+def saliency_map(
+    posterior: Posterior,
+    x: Any,
+    *,
+    patch: int = 1,
+    row: int = 0,
+    level: float = 0.9,
+    draws: int | None = 100,
+    seed: int = 0,
+) -> "np.ndarray[Any, Any]":
+    """Saliency of an image: what each patch adds to the log odds of the predicted class.
+
+    As `saliency`, with a patch for a token: products of pixel and gradient, summed over a patch and
+    its channels. A cross marks patches whose interval holds 0.
+
+    Args:
+        posterior: of a model of labels, one a row.
+        x: images (row, height, width) or (row, channel, height, width), or a tuple where the model
+            takes several inputs: the first is looked at.
+        patch: pixels along each side of one, as in `bnn.models.vit`; 1 for pixels.
+        row: which to draw.
+        level: of the central credible interval of each patch.
+        draws: of each chain, evenly spread; None uses all.
+        seed: of the draws of sites that belong to the row.
+
+    Returns:
+        The axes, (4,): the image, the interval's lower end, the mean, the upper end.
+
+    Raises:
+        DataError: x is no image; patches do not tile it; what `saliency` refuses.
+        ModelError: the output does not depend on the input by a gradient.
+
+    Example:
+        >>> import bnn, warnings
+        >>> model, x = bnn.models.vit((4, 4), 2, width=8, heads=1, layers=1), torch.randn(20, 4, 4)
+        >>> with warnings.catch_warnings(action="ignore"):  # so few steps do not suffice
+        ...     fitted = bnn.fit(model, x, (x[:, 0, 0] > 0).long(), method=bnn.MAP(steps=5))
+        >>> saliency_map(fitted, x, patch=2).shape  # image, lower end, mean, upper end
+        (4,)
+    """
+    from matplotlib import pyplot
+
+    values, label, image = patches(posterior, x, patch=patch, row=row, draws=draws, seed=seed)
+    ends = _ends(level)
+    lower, upper = np.quantile(values, ends, axis=0)
+    unclear = (lower <= 0) & (upper >= 0)
+    top = max(float(np.abs([lower, upper]).max()), 1e-9)
+    high, wide = image.shape
+    figure, axes = pyplot.subplots(
+        1, 4, figsize=(9.6, 0.9 + 2.0 * high / wide), layout="constrained"
+    )
+    axes[0].imshow(image, cmap="gray")
+    maps = ((f"{ends[0]:.3g} quantile", lower), ("mean", values.mean(0)),
+            (f"{ends[1]:.3g} quantile", upper))  # fmt: skip
+    extent = (-0.5, wide - 0.5, high - 0.5, -0.5)
+    like = {"vmin": -top, "vmax": top, "cmap": "PuOr", "extent": extent}
+    shown = [ax.imshow(each, **like) for ax, (_, each) in zip(axes[1:], maps, strict=True)]
+    for ax, (told, _) in zip(axes[1:], maps, strict=True):
+        ax.set_title(told, fontsize="medium")
+        ax.set(xticks=[], yticks=[])
+    axes[0].set_title("image", fontsize="medium")
+    axes[0].set(xlabel="pixel", ylabel="pixel")
+    down, across = ((np.nonzero(unclear)[i] + 0.5) * patch - 0.5 for i in range(2))
+    told = f"{level:.0%} interval holds 0"
+    axes[2].scatter(across, down, marker="x", color="#444444", s=18, lw=1, label=told)
+    axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False, fontsize="small")
+    figure.colorbar(
+        shown[0], ax=list(axes), label=f"input x gradient of the\nlog odds of y = {label}"
+    )
+    return axes
+
+
+def patches(
+    posterior: Posterior,
+    x: Any,
+    *,
+    patch: int = 1,
+    row: int = 0,
+    draws: int | None = 100,
+    seed: int = 0,
+) -> "tuple[np.ndarray[Any, Any], int, np.ndarray[Any, Any]]":
+    """What `saliency_map` draws: (draw, down, across), the predicted class, the image."""
+    first = arguments.check_inputs(_row(x, row), posterior.data)[0]
+    if first.ndim not in (3, 4) or not first.is_floating_point():
+        raise DataError(
+            f"plots.saliency_map is of images, (row, height, width) or (row, channel, height, "
+            f"width), and x has shape {tuple(first.shape)} and dtype {first.dtype}. For tokens and "
+            "columns use plots.saliency."
+        )
+    high, wide = first.shape[-2:]
+    if not isinstance(patch, int) or patch < 1 or high % patch or wide % patch:
+        raise DataError(
+            f"patch is {patch!r}, and patches of that many pixels a side do not tile an image of "
+            f"(height={high}, width={wide}). Pass a divisor of both."
+        )
+    each, label = _products(posterior, x, row, draws, seed)
+    each = each.reshape(len(each), -1, high // patch, patch, wide // patch, patch)
+    image = first[0].reshape(-1, high, wide).mean(0)
+    return each.sum((1, 3, 5)).cpu().numpy(), label, image.cpu().numpy()
+
+
 def salience(
     posterior: Posterior, x: Any, *, row: int = 0, draws: int | None = 100, seed: int = 0
 ) -> "tuple[np.ndarray[Any, Any], int]":
     """What `saliency` draws: (draw, token), and the predicted class."""
+    each, label = _products(posterior, x, row, draws, seed)
+    return (each.flatten(2).sum(2) if each.ndim > 2 else each).cpu().numpy(), label
+
+
+def _products(
+    posterior: Posterior, x: Any, row: int, draws: int | None, seed: int
+) -> tuple[Tensor, int]:
+    """Input times gradient of one row, (draw, *), and the predicted class."""
     inputs = arguments.check_inputs(_row(x, row), posterior.data)
     have = posterior.shape[1]
     count = have if draws is None else min(draws, have)
     probs = posterior.predict(*inputs, draws=count, seed=seed).probs
     if probs is None or probs.ndim != 2:
-        raise DataError("plots.saliency is of a label, one a row. Pass such a model's posterior.")
+        raise DataError("Saliency is of a label, one a row. Pass the posterior of such a model.")
     label = int(probs[0].argmax())
     keep = torch.linspace(0, have - 1, count).round().long()
     globals_ = set(posterior.draws) - set(posterior.sites.locals)
@@ -188,13 +294,13 @@ def salience(
             with seeded(branch(seed_sequence(seed), 3, i)):
                 draw = {k: v[i] for k, v in pooled.items()}
                 found.append(_one(posterior, draw, inputs, label))
-    return torch.stack(found).cpu().numpy(), label
+    return torch.stack(found), label
 
 
 def _one(
     posterior: Posterior, draw: dict[str, Tensor], inputs: tuple[Tensor, ...], label: int
 ) -> Tensor:
-    """Input times gradient at one draw, (token,)."""
+    """Input times gradient at one draw, of one row, (*)."""
     first, *rest = inputs
     embedded = _Embedded(first)
     if first.is_floating_point():
@@ -212,11 +318,10 @@ def _one(
         (slope,) = torch.autograd.grad(odds, at, allow_unused=True)
     if at is None or slope is None:
         raise ModelError(
-            "plots.saliency finds no gradient of the output in the input: it takes real numbers, "
+            "Saliency finds no gradient of the output in the input: it takes real numbers, "
             "or token ids that go through torch's embedding."
         )
-    each = (at * slope).detach()[0]  # (token, *)
-    return each.flatten(1).sum(1) if each.ndim > 1 else each
+    return (at * slope).detach()[0]
 
 
 class _Embedded(TorchFunctionMode):
@@ -235,6 +340,13 @@ class _Embedded(TorchFunctionMode):
             if args[0].shape == self.ids.shape and bool((args[0] == self.ids).all()):
                 self.out = out = out.detach().requires_grad_()
         return out
+
+
+def _ends(level: float) -> list[float]:
+    """Probabilities at the ends of a central interval."""
+    if not 0 < level < 1:
+        raise DataError(f"level is {level!r}. Pass a probability in (0, 1), such as 0.9.")
+    return [(1 - level) / 2, (1 + level) / 2]
 
 
 def _row(x: Any, row: int) -> tuple[Any, ...]:

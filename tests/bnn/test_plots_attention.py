@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 import bnn
 from bnn.models import mlp_classification, priors, transformer_classification
-from bnn.plots.transformers import attention, salience, saliency
+from bnn.plots.transformers import attention, patches, salience, saliency, saliency_map
 
 matplotlib.use("Agg")
 
@@ -110,6 +110,56 @@ def test_saliency_of_ids_is_at_their_embedding():
     assert (values[:, x[2] == 0] == 0).all()  # padding is not seen
     assert (values[:, x[2] != 0] != 0).all()
     assert not np.array_equal(values[0], values[1])
+
+
+def pixels(x, y=None):
+    """Logistic regression on all numbers of an image."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(x[0].shape), 1.0).to_event(x.ndim - 1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=(x * w).flatten(1).sum(1)), obs=y)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6)])  # one channel, or three
+def test_saliency_of_patches_sums_weight_times_pixel(shape):
+    x = np.random.default_rng(0).standard_normal((40, *shape))
+    y = (x[..., 0, 0].reshape(40, -1).sum(1) > 0).astype(float)
+    posterior = fit(pixels, x, y, method=bnn.SVI(steps=100, draws=20))
+    values, label, image = patches(posterior, x, patch=2, row=4)
+    products = (1 if label else -1) * x[4] * posterior.draws["w"][0].numpy()
+    products = products.reshape(20, -1, 4, 6).sum(1)
+    expected = np.stack(
+        [products[:, i : i + 2, j : j + 2].sum((1, 2)) for i in (0, 2) for j in (0, 2, 4)], 1
+    )
+    np.testing.assert_allclose(values, expected.reshape(20, 2, 3), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(image, x[4].reshape(-1, 4, 6).mean(0), rtol=1e-5)
+    each, *_ = patches(posterior, x, row=4)
+    np.testing.assert_allclose(each, products, rtol=1e-4, atol=1e-5)
+
+    axes = saliency_map(posterior, x, patch=2, row=4, level=0.8)
+    shown = [ax.images[0].get_array() for ax in axes]
+    lower, upper = np.quantile(values, [0.1, 0.9], axis=0)
+    for got, wanted in zip(shown, (image, lower, values.mean(0), upper), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    assert axes[2].images[0].get_extent() == axes[0].images[0].get_extent()
+    limits = [ax.images[0].get_clim() for ax in axes[1:]]
+    assert limits == [(-limits[0][1], limits[0][1])] * 3
+    crosses = {tuple(at) for at in axes[2].collections[0].get_offsets()}
+    held = np.argwhere((lower <= 0) & (upper >= 0))
+    assert 0 < len(held) < 6
+    assert crosses == {(2 * j + 0.5, 2 * i + 0.5) for i, j in held}  # in the middle of a patch
+
+
+def test_refuses_what_is_no_image_or_is_not_tiled():
+    x, y = np.random.default_rng(0).standard_normal((20, 4, 6)), np.arange(20) % 2
+    posterior = fit(pixels, x, y * 1.0, method=bnn.MAP(steps=5, draws=2))
+    with pytest.raises(bnn.DataError, match=r"patch is 4.*height=4, width=6.*divisor"):
+        saliency_map(posterior, x, patch=4)
+    with pytest.raises(bnn.DataError, match="level is 90"):
+        saliency_map(posterior, x, patch=2, level=90)
+    x, y = sentences()
+    model = transformer_classification(5, 2, vocabulary=9, width=8, heads=2, layers=1)
+    with pytest.raises(bnn.DataError, match=r"is of images.*use plots\.saliency"):
+        saliency_map(fit(model, x, y, method=bnn.MAP(steps=2, draws=2)), x)
 
 
 def test_refuses_what_it_cannot_draw():
