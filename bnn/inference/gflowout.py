@@ -58,8 +58,8 @@ class GFlowOut(Optimised):
         conditional: True gives each row masks of its own, which see its activations; they are in
             `Prediction.local["hidden.0.mask"]`. False: one mask for all rows, a global site.
         objective: "log_variance", or "trajectory_balance", for masks of a fixed net.
-        prior_keep: prior probability of keeping a unit, one number or by seam. The learned prior
-            of `conditional` starts there.
+        prior_keep: prior probability of keeping a unit, one number or by seam; where the learned
+            prior of `conditional` starts. Take .9 for a deep net: from .5 it may never learn.
         seams: what is masked; None takes every "hidden. ..." that the model announces.
         axis: of the units in a seam, one number or by seam; None takes the last of 2 or 3 axes,
             (row, unit) or (row, token, feature), and axis 1 of more, (row, channel, ...).
