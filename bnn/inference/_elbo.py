@@ -202,9 +202,9 @@ class Bound:
         if moments is None or not self.exact:
             return {}
         expected = {}
-        for slot in self.energy.slots:
+        parts = (self.energy.parts(each) for each in (*moments, z))
+        for slot, mean, variance, free in zip(self.energy.slots, *parts, strict=True):
             if slot.name in self.exact:
-                mean, variance, free = (m[slot.span].reshape(slot.free) for m in (*moments, z))
                 bend = slot.transform
                 jacobian = 0.0 if slot.real else bend.log_abs_det_jacobian(free, bend(free))
                 expected[slot.name] = _Expected(mean, variance, jacobian)

@@ -95,10 +95,10 @@ class Energy:
     def values(self, z: Tensor) -> Tensors:
         """The sites at one flat vector (size,), in the space the model states."""
         return {
-            s.name: s.transform(part) for s, part in zip(self.slots, self._parts(z), strict=True)
+            s.name: s.transform(part) for s, part in zip(self.slots, self.parts(z), strict=True)
         }
 
-    def _parts(self, z: Tensor) -> list[Tensor]:
+    def parts(self, z: Tensor) -> list[Tensor]:
         """Each site's own entries, in one operation whose gradient is one too."""
         parts = z.split([s.size for s in self.slots])
         return [part.reshape(s.free) for s, part in zip(self.slots, parts, strict=True)]
@@ -152,7 +152,7 @@ class Energy:
         total = z.new_zeros(())
         if all(s.real for s in self.slots):
             return total
-        for s, free in zip(self.slots, self._parts(z), strict=True):
+        for s, free in zip(self.slots, self.parts(z), strict=True):
             if not s.real:
                 total = total + s.transform.log_abs_det_jacobian(free, s.transform(free)).sum()
         return total
