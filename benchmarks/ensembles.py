@@ -82,7 +82,7 @@ def bnn_members(problem: Problem, members: int, seconds: float) -> Timed:
         )
         bnn.fit(model, *data, method=method, progress=False)
 
-    few = 20 if seconds < 1 else 1_000 if problem.labels else 10_000
+    few = 20 if seconds < 1 else 200 if problem.labels else 10_000
     return per_step(fit, seconds, few)
 
 

@@ -34,7 +34,8 @@ _TINY = 1e-8
 _COMPILING = 3.0  # seconds that a compilation takes, between its first time and the cached one
 _CALL, _NUMBER = 5e-6, 0.1e-9  # seconds that it saves for each operation and number of a step
 BACK = 20  # steps between the points that a member may go back to
-_FEW = 1_000  # steps: below, not even the operations are counted
+_FEW = 1_000  # steps: below, the operations are only counted where leaves are as many numbers
+_TOUCHED = 40  # as would repay it, each being read or written so often in a step
 
 
 def everyone(new: Tensor, old: Tensor) -> Tensor:
@@ -347,7 +348,8 @@ class Step:
             seed: of the points at which the compiled step is compared with the eager one.
             announce: called before the seconds that it takes.
         """
-        if steps < _FEW:
+        size = sum(leaf.numel() for leaf in self.leaves.values())
+        if steps < _FEW and _TOUCHED * size * _NUMBER * steps < _COMPILING:
             return False
         with seeded(seed):
             point = self._point(branch(seed, 0), batches[0])

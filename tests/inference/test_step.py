@@ -49,7 +49,7 @@ def _both(monkeypatch, model, *data, method, seed=3):
     monkeypatch.setattr(_step.Step, "hasten", watched)
     fast = _quietly(model, *data, method=method, seed=seed)
     with monkeypatch.context() as patch:
-        patch.setattr(_step, "_FEW", 10**9)
+        patch.setattr(_step, "_COMPILING", float("inf"))
         plainly = _quietly(model, *data, method=method, seed=seed)
     assert routes[1] == "eager"
     return fast, plainly, routes[0]
@@ -146,7 +146,7 @@ def test_every_rule_has_a_graph(regression, hasty, monkeypatch, method):
     fast = _quietly(regression.model, regression.x, regression.y, method=method)
     assert len(routes) == 2  # Adam, and the rule of the method
     assert all(route == "compiled" for _, route in routes), routes
-    monkeypatch.setattr(_step, "_FEW", 10**9)
+    monkeypatch.setattr(_step, "_COMPILING", float("inf"))
     plainly = _quietly(regression.model, regression.x, regression.y, method=method)
     torch.testing.assert_close(fast.draws["w"], plainly.draws["w"], rtol=1e-3, atol=1e-3)
 
@@ -222,7 +222,7 @@ def test_a_missing_compiler_is_said_once_and_the_fit_is_right(regression, hasty,
         slow = bnn.fit(regression.model, regression.x, regression.y, method=method)
     (told,) = [each for each in caught if each.category is bnn.PerformanceWarning]
     assert told.filename == __file__
-    monkeypatch.setattr(_step, "_FEW", 10**9)
+    monkeypatch.setattr(_step, "_COMPILING", float("inf"))
     plainly = _quietly(regression.model, regression.x, regression.y, method=method)
     assert torch.equal(slow.draws["w"], plainly.draws["w"])
     assert torch.equal(slow.history, plainly.history)
@@ -321,3 +321,15 @@ def test_the_bar_says_that_it_compiles(regression, hasty, monkeypatch, capsys):
     bnn.fit(regression.model, regression.x, regression.y, method=method)
     text = capsys.readouterr().err
     assert text.index("compiling the step") < text.index("ELBO")
+
+
+@pytest.mark.parametrize(("size", "steps", "route"), [(8, 900, "eager"), (2**21, 900, "compiled")])
+def test_few_steps_of_large_leaves_are_compiled_too(monkeypatch, size, steps, route):
+    """-|z|^2 / 2 by Adam: 2^21 numbers, each touched some 40 times a step, and 8."""
+    monkeypatch.setattr(_step, "compiled", _graph_itself)
+    z = torch.ones(size, requires_grad=True)
+    objective = lambda leaves, batch, weight, noise: -leaves["z"].square().sum() / 2
+    step = _step.Step(objective, {"z": z}, lambda batch: (), None, averaging=True)
+    step.hasten(steps, [()] * 2, np.random.SeedSequence(0))
+    assert step.route == route
+    assert step.hasten(20, [()] * 2, np.random.SeedSequence(0)) is False
