@@ -141,6 +141,8 @@ class Entry:
             the length of their trajectories: they take what they take, and the table tells it.
         noise: of each set; see `bnn.models.likelihoods.Gaussian`.
         beside: the published row that its log-likelihood is compared with.
+        tuned: settings of one set alone, chosen like the noise on rows held out of its training
+            rows, where the published row was tuned too.
     """
 
     name: str
@@ -148,9 +150,10 @@ class Entry:
     shares: Mapping[str, float] = field(default_factory=lambda: {"steps": 1.0})
     noise: Mapping[str, str] = field(default_factory=lambda: PREDICTED)
     beside: str = ""
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def method(self, rows: int, gradients: int) -> Any:
-        """The method, within a budget of so many gradients.
+    def method(self, name: str, rows: int, gradients: int) -> Any:
+        """The method on a set, within a budget of so many gradients.
 
         Raises:
             Absent: bnn has no such method, or not with these settings or so few steps.
@@ -158,9 +161,9 @@ class Entry:
         import bnn
 
         try:
-            made = getattr(bnn, self.name)(**self.settings)
+            made = getattr(bnn, self.name)(**self.settings, **self.tuned.get(name, {}))
             each = gradients // abreast(made)
-            given = {name: max(int(share * each), 1) for name, share in self.shares.items()}
+            given = {steps: max(int(share * each), 1) for steps, share in self.shares.items()}
             if rows > ROWS and "batch_size" in {each.name for each in dataclasses.fields(made)}:
                 given["batch_size"] = ROWS
             return dataclasses.replace(made, **given)
@@ -183,7 +186,7 @@ class Entry:
     def told(self, name: str, rows: int, gradients: int) -> str:
         """Everything that decides a fit but its rows and seed."""
         model = f"{ACTIVATION}, scale {SCALE}, noise {self.noise[name]}"
-        return f"{self.method(rows, gradients)!r}; {model}"
+        return f"{self.method(name, rows, gradients)!r}; {model}"
 
 
 class Absent(Exception):
@@ -209,7 +212,13 @@ METHODS = {
     "MultiSWAG": Entry("SWAG", {"restarts": 5}, shares=_SWAG, noise=POINTS),
     "DeepEnsemble": Entry("DeepEnsemble", {"members": 5}, noise=POINTS, beside="Deep ensemble"),
     "RandomizedPriors": Entry("RandomizedPriors", {"members": 10}, noise=LEARNED),
-    "MCDropout": Entry("MCDropout", {"rate": 0.05}, noise=POINTS, beside="MC dropout 2"),
+    "MCDropout": Entry(
+        "MCDropout",
+        {"rate": 0.05},
+        noise=POINTS,
+        beside="MC dropout 2",
+        tuned={"yacht": {"length_scale": 0.1}, "concrete": {"length_scale": 0.2}},
+    ),
     "ConcreteDropout": Entry("ConcreteDropout", noise=POINTS),
     "SVI, normal": Entry("SVI", {"guide": "normal"}, beside="MFVI"),
     "SVI, local": Entry("SVI", {"guide": "normal", "estimator": "local"}, beside="MFVI"),
@@ -317,7 +326,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")  # what a fit warns of shows in its scores
     entry, rows = METHODS[job.name], split(folder / SETS[job.set], job.split, job.inner)
-    method, model = entry.method(len(rows.y), job.gradients), entry.model(job.set, rows)
+    method, model = entry.method(job.set, len(rows.y), job.gradients), entry.model(job.set, rows)
     posterior = bnn.fit(model, rows.x, rows.y, method=method, seed=job.split, progress=False)
     found = {"seconds": posterior.seconds, "taken": taken(posterior, entry)}
     return dataclasses.asdict(job) | found | predicted(posterior, rows)

@@ -68,7 +68,7 @@ def test_the_predictive_is_a_mixture_in_the_units_of_y(folder):
     rows = uci.split(folder, 0)
     entry = uci.Entry("MAP", {"restarts": 3, "draws": 1, "schedule": "constant"})
     posterior = bnn.fit(
-        entry.model("yacht", rows), rows.x, rows.y, method=entry.method(54, 60), progress=False
+        entry.model("yacht", rows), rows.x, rows.y, method=entry.method("yacht", 54, 60), progress=False
     )
     # The net by hand, in float64: (restart, row) means and standard deviations.
     net = {name: draws[:, 0].double() for name, draws in posterior.draws.items()}
@@ -121,8 +121,8 @@ def test_a_gain_is_told_in_standard_errors_of_both():
 
 def test_every_method_has_the_same_budget():
     for rows in (300, 5_000):
-        one = uci.Entry("MAP").method(rows, 1_000)
-        five = uci.Entry("MAP", {"restarts": 5}).method(rows, 1_000)
+        one = uci.Entry("MAP").method("yacht", rows, 1_000)
+        five = uci.Entry("MAP", {"restarts": 5}).method("yacht", rows, 1_000)
         assert (one.steps, five.steps) == (1_000, 200)
         assert one.batch_size == (None if rows == 300 else uci.ROWS)
 
@@ -130,7 +130,7 @@ def test_every_method_has_the_same_budget():
 def test_an_absent_method_is_left_out_with_the_reason():
     for entry in (uci.Entry("Oracle"), uci.Entry("MAP", {"wisdom": 3})):
         with pytest.raises(uci.Absent, match=r"Oracle|wisdom"):
-            entry.method(100, 1_000)
+            entry.method("yacht", 100, 1_000)
 
 
 def test_results_survive_a_line_that_was_cut_off(tmp_path):
