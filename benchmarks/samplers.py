@@ -53,11 +53,11 @@ class _OutOfTime(Exception):
 def bnn_sampler(
     problem: Problem, seed: int, settings: dict[str, int], cap: float, *, method: str, **own: int
 ) -> Sample:
-    """A method of bnn, with its own defaults for what `settings` leaves out."""
+    """A method of bnn with these settings, its `own` first, and its defaults for all others."""
     import bnn
 
     def sample() -> Result:
-        chosen = getattr(bnn, method)(**own, **settings)
+        chosen = getattr(bnn, method)(**settings | own)
         posterior = bnn.fit(
             pyro_model(problem), *torch_data(problem), method=chosen, seed=seed, progress=False
         )
@@ -139,7 +139,7 @@ def numpyro_nuts(
 
 SAMPLERS: dict[str, Callable[..., Sample]] = {
     "bnn-nuts": partial(bnn_sampler, method="NUTS"),
-    "bnn-nuts-16": partial(bnn_sampler, method="NUTS", chains=16),
+    "bnn-nuts-short": partial(bnn_sampler, method="NUTS", warmup=100),
     "bnn-mclmc": partial(bnn_sampler, method="MCLMC"),
     "pyro-nuts": pyro_nuts,
     **{
