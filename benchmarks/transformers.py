@@ -179,8 +179,8 @@ METHODS = {
     "DirichletAttention": Entry("DirichletAttention"),
     "DirichletAttention, uniform": Entry("DirichletAttention", {"prior": "uniform"}),
     "DirichletAttention, contextual": Entry("DirichletAttention", {"prior": "contextual"}),
-    "GFlowOut": Entry("GFlowOut"),
-    "ID-GFlowOut": Entry("GFlowOut", {"conditional": False}),
+    "GFlowOut": Entry("GFlowOut", {"prior_keep": 0.9}),
+    "ID-GFlowOut": Entry("GFlowOut", {"prior_keep": 0.9, "conditional": False}),
 }
 COLUMNS = {
     "accuracy": "{:.3f}",
