@@ -75,7 +75,7 @@ def compiled(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
 
     if examples[0].dtype == torch.float32:
         graph = _rational_tanh(graph)
-    graph = _rows_last(graph)
+    graph = _uniform(_rows_last(graph))
     # In a context with shapes the inductor looks up on disk what it has made of the same graph and
     # constants; the processor's own flags need no trial programs, which take a second each; and a
     # product and a sum may be one operation, rounded once.
@@ -249,6 +249,28 @@ def _rows_last(graph: GraphModule) -> GraphModule:
             left, right = node.args
             product = graph.graph.call_function(node.target, (turned(right), turned(left)))
             node.replace_all_uses_with(turned(product))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _uniform(graph: GraphModule) -> GraphModule:
+    """Constants that are one number throughout, such as the scale of a prior, as that number.
+
+    As tensors they are read at every call: as many numbers as there are weights.
+    """
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = _attribute(graph, node.target)
+        if value.numel() <= _VECTOR or not value.is_floating_point():
+            continue
+        first = value.flatten()[0]
+        if (value == first).all():
+            like = {"dtype": value.dtype, "device": value.device}
+            with graph.graph.inserting_before(node):
+                full = (list(value.shape), first.item())
+                number = graph.graph.call_function(_ATEN.full.default, full, like)
+            number.meta = dict(node.meta)
+            node.replace_all_uses_with(number)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -367,6 +367,15 @@ def test_a_folded_random_operation_is_not_taken(folded, monkeypatch):
     assert_equal_to_pyro(gradient)
 
 
+def test_a_constant_of_one_number_is_no_tensor_of_a_program():
+    z, mixed = torch.linspace(-1, 1, 40), torch.linspace(1, 2, 40)
+    scale, count = torch.full((40,), 0.5), torch.full((40,), 3)
+    graph = _compile._uniform(graph_of(lambda z: (z / scale - mixed) * count, z))
+    held = [getattr(graph, n.target) for n in graph.graph.nodes if n.op == "get_attr"]
+    assert sorted(map(str, held)) == sorted(map(str, [mixed, count]))  # whole numbers stay too
+    torch.testing.assert_close(graph(z), (z / scale - mixed) * count, rtol=0, atol=0)
+
+
 def test_a_graph_folds_constants_and_no_random_operation():
     z = torch.zeros(3)
     exact = graph_of(lambda z: z + torch.ones(3).exp().cumsum(0), z)
