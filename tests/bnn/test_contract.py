@@ -443,6 +443,8 @@ def test_what_a_sampler_cannot_do_and_an_optimiser_can(model, data, error, named
     for method in (SVI, MAP):
         with untouched():
             posterior = bnn.fit(model, *data, method=method)
+            if model is trainable:
+                posterior.log_likelihood(*data)
         assert posterior.draws["w"].isfinite().all()
 
 
