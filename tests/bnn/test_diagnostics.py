@@ -490,6 +490,25 @@ def test_members_that_are_all_alike_are_found(regression):
     assert named(apart)["members"].value == 30
 
 
+def test_members_that_many_rows_leave_little_room_are_not_called_alike(regression):
+    """As far apart as the posterior of 40,000 rows is wide: .007 of the noise."""
+    x = regression.x.repeat(800, 1)
+    generator = torch.Generator().manual_seed(0)
+    y = x @ regression.mean + torch.randn(len(x), generator=generator)
+    method = bnn.DeepEnsemble(members=30, bootstrap="exponential", steps=2)
+    fitted = fit(regression.model, x, y, method=method)
+    draws = torch.randn(1, 30, 2, generator=generator) @ torch.linalg.cholesky(
+        torch.linalg.inv(x.T @ x)
+    ).T + torch.linalg.solve(x.T @ x, x.T @ y)
+    apart = replace(fitted, draws={"w": draws})
+    (found,) = (each for each in method.findings(apart) if each.name == "diversity of members")
+    assert 0.004 < found.value < 0.01
+    assert not found.doubtful
+    assert told(replace(apart, draws={"w": draws[:, :1].expand_as(draws)})) == [
+        "diversity of members"
+    ]
+
+
 LOADERS = {
     "shuffled": (lambda d: DataLoader(d, batch_size=16, shuffle=True, drop_last=True), False),
     "in order": (lambda d: DataLoader(d, batch_size=16), False),
