@@ -624,13 +624,18 @@ def test_a_prior_under_which_the_data_cannot_be_is_no_bound():
         assert "ELBO above the prior's" not in {each.name for each in found}
 
 
+class Point(pyro.infer.autoguide.AutoDelta):
+    """A point of one's own."""
+
+
 def test_an_answer_that_is_a_point_by_what_it_is_is_not_warned_of(regression):
     """Nor are good fits: of a guide, a Gaussian, members that differ."""
     methods = [
         bnn.MAP(steps=1_000),
         bnn.MAP(steps=1_000, draws=1),
+        bnn.MAP(steps=1_000, restarts=3, draws=100),
         bnn.SVI(guide="point", **QUICK),
-        bnn.SVI(guide=pyro.infer.autoguide.AutoDelta, draws=50, steps=500, schedule="cosine"),
+        bnn.SVI(guide=Point, draws=50, steps=500, schedule="cosine"),
         bnn.DeepEnsemble(members=1, steps=1_000),
         bnn.Laplace(steps=500),
         bnn.RandomizedPriors(members=30, steps=1_500, noise=1.0),
