@@ -96,7 +96,7 @@ def glance(posterior: "Posterior") -> Looked | None:
             return None
     try:
         return look(posterior, rows=_FEW_ROWS, draws=min(draws, most))
-    except (RuntimeError, ValueError):  # a fit need not predict; `diagnose` tells what is missing
+    except Exception:  # a fit need not predict; `diagnose` tells what is missing
         return None
 
 
