@@ -27,7 +27,8 @@ _MATTERS = 0.1  # nats
 _FEWEST = 20  # draws: the law of fewer is not seen
 _WEIGHTS = 10_000  # of larger nets fewer draws are looked at: a few seconds
 _QUICK_ROWS = 200  # at a fit: rows,
-_QUICK_NUMBERS = 20_000_000  # and weights x draws of the prior, .2 s; as many draws as that allows
+_QUICK_NUMBERS = 10_000_000  # and weights x draws of the prior, .1 s
+_TELLING = 100  # draws: with fewer chance alone gives a distance of .2 of 1, which is no prior
 _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63) = .01
 
 
@@ -73,20 +74,19 @@ def since_prior(
         posterior: whose model has the prior.
         looked: f at some rows.
         worth: independent draws that those of the posterior are worth.
-        quick: few draws of the prior; as many as else only where these cannot tell, and the net is
-            small.
+        quick: few draws of the prior; as many as else only where these cannot tell. Of a net of
+            which so many take long, only what the bound needs.
     """
     if looked.prediction is None or not posterior.sites.predicts or not looked.rows.numel():
         return []
     sites, moved = posterior.sites, None
-    most = _QUICK_NUMBERS // max(sites.size, 1)
-    if quick and (most < _FEWEST or _nothing(posterior, worth)):
-        return []
+    if quick:
+        most = _QUICK_NUMBERS // max(sites.size, 1)
+        worth = 0.0 if most < _PRIOR_DRAWS or posterior.method.is_point else worth
+        if most < _FEWEST or (worth < _TELLING and posterior.elbo is None):
+            return []
     latent: dict[str, Tensor] = {}
     for draws in _QUICK_DRAWS if quick else (_PRIOR_DRAWS,):
-        if quick and draws > most:
-            moved = None  # these few cannot tell, and more would take long
-            break
         with on(posterior.device):
             latent, before = prior_draws(posterior.model, looked.inputs, sites, draws, seed=0)
         moved = None if before is None else against_prior(before, looked.prediction, worth)
@@ -94,10 +94,6 @@ def since_prior(
             break
     found = [moved, balance(posterior, latent, quick=quick)]
     return [each for each in found if each is not None]
-
-
-def _nothing(posterior: "Posterior", worth: float) -> bool:
-    return posterior.elbo is None and (worth < _FEWEST or posterior.method.is_point)
 
 
 def against_prior(before: Prediction, after: Prediction, worth: float) -> Finding | None:
@@ -108,11 +104,11 @@ def against_prior(before: Prediction, after: Prediction, worth: float) -> Findin
         after: the posterior's.
         worth: independent draws that its draws are worth.
     """
-    if before.f.shape[2:] != after.f.shape[2:] or worth < _FEWEST:
-        return None
     f = after.f.flatten(2).flatten(0, 1).double()
+    count = min(worth, len(f))
+    if before.f.shape[2:] != after.f.shape[2:] or count < _TELLING:
+        return None
     distance = float(kolmogorov(f, before.f.flatten(2).flatten(0, 1).double()).mean())
-    count = max(min(worth, len(f)), 1)
     limit = _CERTAIN * math.sqrt(1 / count + 1 / before.f.shape[1])
     same = distance < limit
     return Finding(

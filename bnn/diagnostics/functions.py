@@ -20,7 +20,7 @@ _CELLS = 10_000_000  # rows x draws that are held at once,
 _ALL = 1_000_000_000  # and that are gone through, where no row can be looked at alone
 _FEW_ROWS, _FEW_DRAWS = 20, 200  # that every fit looks at,
 _CHAIN_DRAWS = 4_000  # and of a sampler, whose draws have cost gradients on all rows
-_WORK = 1_000_000_000  # rows x draws x weights of it
+_WORK = 300_000_000  # rows x draws x weights of it
 
 
 @dataclass(frozen=True, eq=False)

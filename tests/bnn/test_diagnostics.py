@@ -677,11 +677,14 @@ def test_a_prior_that_the_model_does_not_run_at_loses_no_fit(regression, error):
 
 
 def test_a_fit_looks_at_as_much_of_the_prior_as_its_size_allows(regression, monkeypatch):
-    """Draws: more only where fewer cannot tell, and none of a net of which 20 take long."""
+    """Draws: more only where fewer cannot tell, and as many as the net is small."""
     posterior = fit(regression.model, regression.x, regression.y, method=bnn.Laplace(steps=300))
     sites, seen = posterior.sites, []
     latent = prior_draws(regression.model, (regression.x,), sites, 1_000, seed=1)[0]
     same = replace(posterior, draws=latent)
+    bounded = replace(same, elbo=0.0)
+    few = replace(posterior, draws={k: v[:, :99] for k, v in latent.items()}, stats={})
+    assert "distance from the prior" not in {each.name for each in few.diagnose().findings}
 
     def count(model, inputs, sites, draws, seed):
         seen.append(draws)
@@ -691,8 +694,9 @@ def test_a_fit_looks_at_as_much_of_the_prior_as_its_size_allows(regression, monk
     for numbers, each, expected in (
         (400, posterior, [20]),
         (400, same, [20, 60, 200]),
-        (399, same, [20, 60]),
-        (39, same, []),
+        (399, same, []),  # the law of few is not seen
+        (399, bounded, [20]),  # that the bound needs
+        (39, bounded, []),
     ):
         seen.clear()
         monkeypatch.setattr(collapse, "_QUICK_NUMBERS", numbers)
