@@ -56,10 +56,10 @@ class Split:
 
         Args:
             mean: a prediction, or means, (row, *).
-            std: where scaled and of means, their deviations, (row, *).
+            std: where scaled, deviations, (row, *); default those of the prediction.
         """
         if isinstance(mean, Stated):
-            mean, std = _means(mean, True if self.scaled else None)
+            mean, std = _means(mean, True if std is None and self.scaled else std)
         mean = finite(mean, "mean")
         if self.scaled != (std is not None):
             told = "with" if self.scaled else "without"
@@ -180,7 +180,7 @@ def split(mean: Any, y: Any, *, std: Any = None, level: float = 0.9) -> Split:
     return Split(_quantile(away, level), std is not None, level)
 
 
-def cqr(lower: Any, upper: Any, y: Any = None, *, level: float = 0.9) -> CQR:
+def cqr(lower: Any, upper: Any = None, y: Any = None, *, level: float = 0.9) -> CQR:
     """Conformalised quantile regression: any interval, moved until it holds enough held-out rows.
 
     Call it as cqr(prediction, y), which takes the prediction's interval of that level, or as
@@ -188,7 +188,7 @@ def cqr(lower: Any, upper: Any, y: Any = None, *, level: float = 0.9) -> CQR:
 
     Args:
         lower: a prediction of held-out rows, or lower ends of intervals of theirs, (row, *).
-        upper: upper ends, (row, *); of a prediction the observations, and no y.
+        upper: upper ends, (row, *); of a prediction its observations, which can be called y too.
         y: observations, (row, *).
         level: probability that an interval holds a new observation; as a rule that of the intervals
             passed in.
@@ -209,9 +209,9 @@ def cqr(lower: Any, upper: Any, y: Any = None, *, level: float = 0.9) -> CQR:
         (tensor([-8.]), tensor([8.]))
     """
     if isinstance(lower, Stated):
-        if y is not None:
+        if upper is not None and y is not None:
             raise DataError("Of a prediction cqr takes its observations: cqr(prediction, y).")
-        y, upper = upper, None
+        y, upper = upper if y is None else y, None
     lower, upper = _interval(*_ends(lower, upper, level))
     y = finite(y, "y").to(lower.device)
     same_rows(lower, y, ("lower", "y"))
@@ -338,6 +338,7 @@ def _probs(given: Any) -> Any:
 
 def _means(given: Any, std: Any) -> tuple[Any, Any]:
     """Means and deviations, of a prediction too, whose own deviations are std=True."""
+    std = None if std is False else std
     if isinstance(given, Stated):
         _numbers(given)
         return given.mean, given.std if std is True else std  # type: ignore[attr-defined]
@@ -350,6 +351,8 @@ def _ends(lower: Any, upper: Any, level: float) -> tuple[Any, Any]:
     """Ends of intervals, of a prediction too."""
     if not isinstance(lower, Stated):
         return lower, upper
+    if upper is not None:
+        raise DataError("A prediction has both ends of its interval. Pass it without upper.")
     _numbers(lower)
     return lower.interval(float(probability(level)))
 

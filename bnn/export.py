@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnn.data import take
+from bnn.devices import on
 from bnn.errors import DataError, ModelError
 from bnn.prediction import Prediction
 from bnn.prior import prior_draws
@@ -58,7 +59,8 @@ def to_arviz(
         groups["posterior_predictive"] = _predictive(posterior.predict(*data.inputs), y)
     groups["sample_stats"] = _draws(posterior.stats)
     if sites.predicts:
-        latent, before = prior_draws(posterior.model, data.inputs, sites, _PRIOR_DRAWS, seed=0)
+        with on(posterior.device):
+            latent, before = prior_draws(posterior.model, data.inputs, sites, _PRIOR_DRAWS, seed=0)
         groups["prior"] = _draws(latent, rowed)
         if kept and before is not None:
             groups["prior_predictive"] = _predictive(before, y)

@@ -16,8 +16,9 @@ from bnn.checkpoint import files_of_fit, read_finished, write
 from bnn.data import Data
 from bnn.errors import ConvergenceWarning, DataError, ModelError, outside
 from bnn.files import digest
+from bnn.handlers import threads
 from bnn.method import METHODS, Method, Model
-from bnn.parts import Part, compute, divide
+from bnn.parts import ALONE, Part, compute, divide
 from bnn.posterior import Posterior
 from bnn.run import Checkpoint, Folder, Interrupted, Run
 from bnn.sites import Sites, require_minibatches
@@ -245,7 +246,9 @@ def approximate(
             raise SystemExit(143) from error  # what a shell calls an end by this signal
         raise
     if not run.frozen:
-        diagnostics.warn(diagnostics.at_fit(posterior))
+        with ALONE, threads(work):
+            found = diagnostics.at_fit(posterior)
+        diagnostics.warn(found)
     if run.cut and not run.frozen:
         again = "" if run.folder is None else " Call the same fit again to go on."
         warnings.warn(

@@ -6,7 +6,7 @@ numbers such as a noise scale. Nothing here asks which method it was; a method a
 tell by `Method.findings`.
 """
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from bnn import markup
@@ -25,18 +25,24 @@ def at_fit(posterior: "Posterior") -> list[Finding]:
     """What every fit warns of: doubtful findings of `diagnose`, told from less, each cause once.
 
     Of what chains disagree about the worst is told, and only without it what their draws are worth.
-    That draws are all the same is news where nothing else says so, and the method is not a point.
+    That draws are all the same is news where no chain and not the method itself says what is wrong,
+    and the method is not a point.
     """
-    found = _found(posterior, glance(posterior), quick=True)
-    found = [each for each in [*found, *posterior.method.at_fit(posterior)] if each.doubtful]
+    found = _found(posterior, glance(posterior), {}, quick=True)
+    found = [each for each in found if each.doubtful]
+    own: list[Finding] = []
+    with suppress(Exception):  # a check must not lose a fit: `diagnose` says what is wrong with it
+        own = [each for each in posterior.method.at_fit(posterior) if each.doubtful]
     apart = [each for each in found if each.name.startswith("R-hat of")]
     short = [each for each in found if " ESS of " in each.name]
     told = [max(apart, key=lambda each: each.value)] if apart else []
     if short and not apart:
         told = [min(short, key=lambda each: each.value)]
     rest = [each for each in found if each not in apart and each not in short]
-    known = posterior.method.is_point or posterior.shape == (1, 1) or len(rest) + len(told) > 1
-    return [*(each for each in rest if not (known and each.name == collapse.SPREAD)), *told]
+    known = posterior.method.is_point or posterior.shape == (1, 1)
+    if known or own or told or any(each.name == convergence.STILL for each in rest):
+        rest = [each for each in rest if each.name != collapse.SPREAD]
+    return [*rest, *own, *told]
 
 
 def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
@@ -47,7 +53,7 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
         looked = look(posterior, *inputs)
     except ModelError as error:
         looked, missing["f"] = None, str(error)
-    found: list[Finding | None] = [*_found(posterior, looked)]
+    found: list[Finding | None] = [*_found(posterior, looked, missing)]
     if convergence.sampled(posterior):
         found.append(convergence.of_weights(posterior))
     elif chains > 1 and looked is not None:
@@ -69,8 +75,10 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
     )
 
 
-def _found(posterior: "Posterior", looked: Looked | None, *, quick: bool = False) -> list[Finding]:
-    """What says the answer is doubtful, whichever method it is of."""
+def _found(
+    posterior: "Posterior", looked: Looked | None, missing: dict[str, str], *, quick: bool = False
+) -> list[Finding]:
+    """What says the answer is doubtful, whichever method it is of; `missing` is told the rest."""
     chains, draws = posterior.shape
     found: list[Finding | None] = []
     worth = float(chains * draws)
@@ -80,8 +88,9 @@ def _found(posterior: "Posterior", looked: Looked | None, *, quick: bool = False
         worth = min([each.value for each in chain if each.name == "bulk ESS of f"] or [worth])
     if looked is not None:
         found.append(collapse.spread(looked))
-        # a check must not lose a fit: `diagnose` says what is wrong with it
-        with suppress(RuntimeError, ValueError) if quick else nullcontext():
+        try:
             found += collapse.since_prior(posterior, looked, worth, quick=quick)
+        except Exception as error:  # of the model, where its prior takes it: the rest can be told
+            missing["distance from the prior"] = f"{type(error).__name__} at a draw of it: {error}"
     found.append(collapse.minibatches(posterior))
     return [each for each in found if each is not None]

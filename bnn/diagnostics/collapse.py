@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 
 from bnn.data import take
+from bnn.devices import on
 from bnn.diagnostics.functions import Looked, thinned
 from bnn.diagnostics.report import Finding
 from bnn.prediction import Prediction
@@ -21,10 +22,13 @@ _EVEN = SequentialSampler | RandomSampler | SubsetRandomSampler  # each of their
 SPREAD = "spread of f"
 _POINT = 1e-4  # of the predictive sd: the doubt that 10^8 rows leave, and float32 resolves
 _PRIOR_DRAWS = 200
+_QUICK_DRAWS = (20, 60, 200)  # at a fit: more only where fewer cannot tell
 _MATTERS = 0.1  # nats
 _FEWEST = 20  # draws: the law of fewer is not seen
 _WEIGHTS = 10_000  # of larger nets fewer draws are looked at: a few seconds
-_QUICK_ROWS, _QUICK_WEIGHTS = 200, 2_500_000  # at a fit: rows, and weights at most
+_QUICK_ROWS = 200  # at a fit: rows,
+_QUICK_NUMBERS = 10_000_000  # and weights x draws of the prior, .1 s
+_TELLING = 100  # draws: with fewer chance alone gives a distance of .2 of 1, which is no prior
 _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63) = .01
 
 
@@ -41,18 +45,23 @@ def spread(looked: Looked) -> Finding | None:
     else:
         size = pooled.square().mean().sqrt().clamp(min=1e-300)
         value = float(pooled.std(0, correction=0).max() / size)
-    none = not value >= _POINT
+    none, finite = value < _POINT, math.isfinite(value)
+    said = f"Of the standard deviation of a prediction up to {value:.2g} is epistemic."
+    if none:
+        said = "The posterior has no variance: every draw is the same function, and what is said "
+        said += "to be epistemic is 0."
+    elif not finite:
+        said = "f is not finite at some draw, and so are predictions."
     return Finding(
         name=SPREAD,
         value=value,
         threshold=_POINT,
-        doubtful=none,
-        meaning="The posterior has no variance: every draw is the same function, and what is said "
-        "to be epistemic is 0."
-        if none
-        else f"Of the standard deviation of a prediction up to {value:.2g} is epistemic.",
+        doubtful=none or not finite,
+        meaning=said,
         advice="Use a method whose draws differ (bnn.NUTS, bnn.SVI, bnn.Laplace), or read the mean "
-        "alone.",
+        "alone."
+        if finite
+        else "Bound what the model takes exp, log or a power of, or rescale the data.",
     )
 
 
@@ -65,25 +74,26 @@ def since_prior(
         posterior: whose model has the prior.
         looked: f at some rows.
         worth: independent draws that those of the posterior are worth.
-        quick: few draws of the prior; as many as else only where these cannot tell.
+        quick: few draws of the prior; as many as else only where these cannot tell. Of a net of
+            which so many take long, only what the bound needs.
     """
     if looked.prediction is None or not posterior.sites.predicts or not looked.rows.numel():
         return []
-    if quick and (posterior.sites.size > _QUICK_WEIGHTS or _nothing(posterior, worth)):
-        return []
-    moved = None
+    sites, moved = posterior.sites, None
+    if quick:
+        most = _QUICK_NUMBERS // max(sites.size, 1)
+        worth = 0.0 if most < _PRIOR_DRAWS or posterior.method.is_point else worth
+        if most < _FEWEST or (worth < _TELLING and posterior.elbo is None):
+            return []
     latent: dict[str, Tensor] = {}
-    for draws in (_FEWEST, _PRIOR_DRAWS) if quick else (_PRIOR_DRAWS,):
-        latent, before = prior_draws(posterior.model, looked.inputs, posterior.sites, draws, seed=0)
+    for draws in _QUICK_DRAWS if quick else (_PRIOR_DRAWS,):
+        with on(posterior.device):
+            latent, before = prior_draws(posterior.model, looked.inputs, sites, draws, seed=0)
         moved = None if before is None else against_prior(before, looked.prediction, worth)
         if moved is None or not moved.doubtful:
             break
     found = [moved, balance(posterior, latent, quick=quick)]
     return [each for each in found if each is not None]
-
-
-def _nothing(posterior: "Posterior", worth: float) -> bool:
-    return posterior.elbo is None and (worth < _FEWEST or posterior.method.is_point)
 
 
 def against_prior(before: Prediction, after: Prediction, worth: float) -> Finding | None:
@@ -94,11 +104,11 @@ def against_prior(before: Prediction, after: Prediction, worth: float) -> Findin
         after: the posterior's.
         worth: independent draws that its draws are worth.
     """
-    if before.f.shape[2:] != after.f.shape[2:] or worth < _FEWEST:
-        return None
     f = after.f.flatten(2).flatten(0, 1).double()
+    count = min(worth, len(f))
+    if before.f.shape[2:] != after.f.shape[2:] or count < _TELLING:
+        return None
     distance = float(kolmogorov(f, before.f.flatten(2).flatten(0, 1).double()).mean())
-    count = max(min(worth, len(f)), 1)
     limit = _CERTAIN * math.sqrt(1 / count + 1 / before.f.shape[1])
     same = distance < limit
     return Finding(
@@ -137,7 +147,8 @@ def balance(
     Args:
         posterior: of a guide.
         latent: draws of the prior, (1, draw, *site) each.
-        quick: of many rows some are looked at, and the limit allows for what they leave open.
+        quick: only a doubtful finding is told; of many rows some are looked at, and the limit
+            allows for what they leave open.
     """
     sites, data = posterior.sites, posterior.data
     rows_apart = sites.row_axis is not None and sites.every_row and not sites.locals
@@ -155,6 +166,8 @@ def balance(
     if count < _FEWEST or not math.isfinite(error):
         return None  # a prior under which the data cannot be, or nearly, is no bound
     above, limit = posterior.elbo - theirs, -_MATTERS - 4 * error
+    if quick and above >= limit:
+        return None  # nothing to warn of
     ours = _likelihood(posterior, some, quick)[0]
     return Finding(
         name="ELBO above the prior's",

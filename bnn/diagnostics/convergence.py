@@ -17,6 +17,7 @@ ESS_LIMIT = 400  # Vehtari et al. (2021), section 4: below, R-hat and quantiles 
 RHAT_LIMIT = 1.01  # the same, of four chains; see `rhat_limit`
 BFMI_LIMIT = 0.3  # Betancourt (2016); Stan's check
 SATURATED = 0.05  # share of trajectories: more, and the draws cost more than they should
+STILL = "chains that never moved"
 _ENTRIES = 1_000  # of all weights: as many are looked at
 
 
@@ -213,7 +214,7 @@ def of_moves(posterior: "Posterior") -> list[Finding]:
         return []
     return [
         Finding(
-            name="chains that never moved",
+            name=STILL,
             value=count,
             threshold=0,
             doubtful=True,

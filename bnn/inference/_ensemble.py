@@ -22,7 +22,8 @@ from bnn.posterior import Posterior
 from bnn.sites import require_continuous, require_minibatches
 
 BOOTSTRAPS = ("bernoulli", "exponential", "resample")
-_SAME = 0.01  # of the standard deviation of a prediction: closer, they found one mode
+_SAME = 0.01  # of the standard deviation of a prediction: closer, they found one mode,
+_TENTH = 0.1  # but where rows are so many that one number is known better: a tenth of its doubt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +101,14 @@ def of_members(posterior: Posterior) -> list[Finding]:
         noisy = prediction.total.double().mean().sqrt()
         whole = noisy if bool(noisy.isfinite()) else whole
     share = float(between / whole.clamp(min=1e-30))
-    alike = not share >= _SAME
+    limit = min(_SAME, _TENTH / math.sqrt(posterior.data.rows))
+    alike = share < limit
     error = 1 / math.sqrt(2 * (count - 1))
     return [
         Finding(
             name="diversity of members",
             value=share,
-            threshold=_SAME,
+            threshold=limit,
             doubtful=alike,
             meaning=f"The {count} members differ in {looked.name} by {share:.2g} of the standard "
             "deviation of a prediction"

@@ -121,7 +121,8 @@ class SVI(Optimised):
     @property
     def is_point(self) -> bool:
         """True of a point, ours or Pyro's."""
-        return self.guide in ("point", AutoDelta) or isinstance(self.guide, AutoDelta)
+        kind = self.guide if isinstance(self.guide, type) else type(self.guide)
+        return self.guide == "point" or issubclass(kind, AutoDelta)
 
     def fit(
         self,

@@ -282,7 +282,9 @@ def test_a_prediction_stands_for_its_arrays(method):
     rule = split(held, y, std=True, level=0.8)
     assert rule == split(held.mean, y, std=held.std, level=0.8)
     assert all(map(torch.equal, rule(new), rule(new.mean, new.std)))
+    assert all(map(torch.equal, rule(new, 2 * new.std), rule(new.mean, 2 * new.std)))
     rule = cqr(held, y, level=0.8)
+    assert rule == cqr(held, y=y, level=0.8)
     assert rule == cqr(*held.interval(0.8), y, level=0.8)
     assert all(map(torch.equal, rule(new), rule(*new.interval(0.8))))
     fitted = bnn.fit(three, even, LABELS[::2], method=method, progress=False)
@@ -320,3 +322,7 @@ def test_predictions_of_the_other_kind_are_refused():
         cqr(numbers, NUMBERS, NUMBERS)
     with pytest.raises(bnn.DataError, match="fitted with std"):
         split(numbers, NUMBERS, std=True)(numbers.mean)
+    with pytest.raises(bnn.DataError, match="fitted without std"):
+        split(numbers, NUMBERS, std=False)(numbers, numbers.std)
+    with pytest.raises(bnn.DataError, match="both ends"):
+        cqr(numbers, NUMBERS)(numbers, numbers.mean)

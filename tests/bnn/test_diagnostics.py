@@ -490,6 +490,25 @@ def test_members_that_are_all_alike_are_found(regression):
     assert named(apart)["members"].value == 30
 
 
+def test_members_that_many_rows_leave_little_room_are_not_called_alike(regression):
+    """As far apart as the posterior of 40,000 rows is wide: .007 of the noise."""
+    x = regression.x.repeat(800, 1)
+    generator = torch.Generator().manual_seed(0)
+    y = x @ regression.mean + torch.randn(len(x), generator=generator)
+    method = bnn.DeepEnsemble(members=30, bootstrap="exponential", steps=2)
+    fitted = fit(regression.model, x, y, method=method)
+    draws = torch.randn(1, 30, 2, generator=generator) @ torch.linalg.cholesky(
+        torch.linalg.inv(x.T @ x)
+    ).T + torch.linalg.solve(x.T @ x, x.T @ y)
+    apart = replace(fitted, draws={"w": draws})
+    (found,) = (each for each in method.findings(apart) if each.name == "diversity of members")
+    assert 0.004 < found.value < 0.01
+    assert not found.doubtful
+    assert told(replace(apart, draws={"w": draws[:, :1].expand_as(draws)})) == [
+        "diversity of members"
+    ]
+
+
 LOADERS = {
     "shuffled": (lambda d: DataLoader(d, batch_size=16, shuffle=True, drop_last=True), False),
     "in order": (lambda d: DataLoader(d, batch_size=16), False),
@@ -551,7 +570,19 @@ def test_a_fit_warns_of_what_has_collapsed(regression):
     assert told(posterior) == []
     point = {k: v[:, :1].expand_as(v) for k, v in posterior.draws.items()}
     assert told(replace(posterior, draws=point)) == ["spread of f"]
-    assert told(replace(posterior, elbo=posterior.elbo - 1e4)) == ["ELBO above the prior's"]
+    low = posterior.elbo - 1e4
+    assert told(replace(posterior, elbo=low)) == ["ELBO above the prior's"]
+    assert told(replace(posterior, elbo=low, draws=point)) == [  # one does not explain the other
+        "spread of f",
+        "ELBO above the prior's",
+    ]
+    nowhere = {k: torch.full_like(v, math.nan) for k, v in posterior.draws.items()}
+    (found,) = (
+        each
+        for each in bnn.diagnostics.at_fit(replace(posterior, draws=nowhere, stats={}))
+        if each.name == "spread of f"
+    )
+    assert found.meaning.startswith("f is not finite")
     latent = prior_draws(regression.model, (regression.x,), posterior.sites, 1_000, seed=1)[0]
     assert "distance from the prior" in told(replace(posterior, draws=latent))
 
@@ -584,11 +615,13 @@ def test_the_bound_is_weighed_by_some_of_many_rows(rows):
     posterior = fit(model, x, y, method=bnn.SVI(**QUICK))
     expected = -rows * math.log(2 * math.pi) / 2 - float((y.square() + x.square()).sum()) / 2
     latent = prior_draws(model, (x[:20],), posterior.sites, 20, seed=0)[0]
-    finding = collapse.balance(posterior, latent, quick=True)
+    assert collapse.balance(posterior, latent, quick=True) is None  # a good fit
+    low = replace(posterior, elbo=posterior.elbo - 1e6)
+    finding = collapse.balance(low, latent, quick=True)
     error = -(finding.threshold + 0.1) / 4
-    assert posterior.elbo - finding.value == pytest.approx(expected, abs=3 * error)
+    assert low.elbo - finding.value == pytest.approx(expected, abs=3 * error)
     assert error < 0.5 * abs(expected)
-    assert not finding.doubtful
+    assert finding.doubtful
 
 
 def test_a_prior_under_which_the_data_cannot_be_is_no_bound():
@@ -605,13 +638,18 @@ def test_a_prior_under_which_the_data_cannot_be_is_no_bound():
         assert "ELBO above the prior's" not in {each.name for each in found}
 
 
+class Point(pyro.infer.autoguide.AutoDelta):
+    """A point of one's own."""
+
+
 def test_an_answer_that_is_a_point_by_what_it_is_is_not_warned_of(regression):
     """Nor are good fits: of a guide, a Gaussian, members that differ."""
     methods = [
         bnn.MAP(steps=1_000),
         bnn.MAP(steps=1_000, draws=1),
+        bnn.MAP(steps=1_000, restarts=3, draws=100),
         bnn.SVI(guide="point", **QUICK),
-        bnn.SVI(guide=pyro.infer.autoguide.AutoDelta, draws=50, steps=500, schedule="cosine"),
+        bnn.SVI(guide=Point, draws=50, steps=500, schedule="cosine"),
         bnn.DeepEnsemble(members=1, steps=1_000),
         bnn.Laplace(steps=500),
         bnn.RandomizedPriors(members=30, steps=1_500, noise=1.0),
@@ -622,11 +660,12 @@ def test_an_answer_that_is_a_point_by_what_it_is_is_not_warned_of(regression):
             bnn.fit(regression.model, regression.x, regression.y, method=method, progress=False)
 
 
-def test_a_prior_that_the_model_does_not_run_at_loses_no_fit(regression):
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+def test_a_prior_that_the_model_does_not_run_at_loses_no_fit(regression, error):
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         if y is None and bool(w.detach()[0] > 2):
-            raise RuntimeError("no such weight")
+            raise error("no such weight")
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
 
@@ -634,6 +673,50 @@ def test_a_prior_that_the_model_does_not_run_at_loses_no_fit(regression):
     point = {k: v[:, :1].expand_as(v) for k, v in posterior.draws.items()}
     found = bnn.diagnostics.at_fit(replace(posterior, draws=point))
     assert [each.name for each in found] == ["spread of f"]
+    assert "no such weight" in posterior.diagnose().missing["distance from the prior"]
+
+
+def test_a_fit_looks_at_as_much_of_the_prior_as_its_size_allows(regression, monkeypatch):
+    """Draws: more only where fewer cannot tell, and as many as the net is small."""
+    posterior = fit(regression.model, regression.x, regression.y, method=bnn.Laplace(steps=300))
+    sites, seen = posterior.sites, []
+    latent = prior_draws(regression.model, (regression.x,), sites, 1_000, seed=1)[0]
+    same = replace(posterior, draws=latent)
+    bounded = replace(same, elbo=0.0)
+    few = replace(posterior, draws={k: v[:, :99] for k, v in latent.items()}, stats={})
+    assert "distance from the prior" not in {each.name for each in few.diagnose().findings}
+
+    def count(model, inputs, sites, draws, seed):
+        seen.append(draws)
+        return prior_draws(model, inputs, sites, draws, seed)
+
+    monkeypatch.setattr(collapse, "prior_draws", count)
+    for numbers, each, expected in (
+        (400, posterior, [20]),
+        (400, same, [20, 60, 200]),
+        (399, same, []),  # the law of few is not seen
+        (399, bounded, [20]),  # that the bound needs
+        (39, bounded, []),
+    ):
+        seen.clear()
+        monkeypatch.setattr(collapse, "_QUICK_NUMBERS", numbers)
+        found = [one.name for one in bnn.diagnostics.at_fit(each)]
+        assert seen == expected
+        assert ("distance from the prior" in found) == (200 in expected)
+
+
+def test_a_fit_looks_on_one_thread_where_it_is_small(regression, monkeypatch):
+    seen, whole = [], bnn.diagnostics.at_fit
+    look = lambda posterior: seen.append(torch.get_num_threads()) or whole(posterior)
+    monkeypatch.setattr(bnn.diagnostics, "at_fit", look)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fit(regression.model, regression.x, regression.y, method=bnn.MAP(steps=30))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
 
 
 # The report
