@@ -68,7 +68,11 @@ def test_the_predictive_is_a_mixture_in_the_units_of_y(folder):
     rows = uci.split(folder, 0)
     entry = uci.Entry("MAP", {"restarts": 3, "draws": 1, "schedule": "constant"})
     posterior = bnn.fit(
-        entry.model("yacht", rows), rows.x, rows.y, method=entry.method("yacht", 54, 60), progress=False
+        entry.model("yacht", rows),
+        rows.x,
+        rows.y,
+        method=entry.method("yacht", 54, 60),
+        progress=False,
     )
     # The net by hand, in float64: (restart, row) means and standard deviations.
     net = {name: draws[:, 0].double() for name, draws in posterior.draws.items()}
