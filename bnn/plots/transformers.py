@@ -144,16 +144,17 @@ def saliency(
     """
     from matplotlib import pyplot
 
+    ends = _ends(level)
     values, label = salience(posterior, x, row=row, draws=draws, seed=seed)
     names = _names(tokens, values.shape[1])
-    lower, upper = np.quantile(values, _ends(level), axis=0)
+    lower, upper = np.quantile(values, ends, axis=0)
     mean, place = values.mean(0), np.arange(len(names))
     clear = (lower > 0) | (upper < 0)
     if ax is None:
         size = (5.0, 1.2 + 0.28 * len(names))
         ax = pyplot.subplots(figsize=size, layout="constrained")[1]
     ax.axvline(0, color="#444444", lw=0.8)
-    for told, some, colour in ((f"{level:.0%} interval leaves out 0", clear, EPISTEMIC),
+    for told, some, colour in ((f"{100 * level:.4g}% interval leaves out 0", clear, EPISTEMIC),
                                ("holds 0", ~clear, _UNCLEAR)):  # fmt: skip
         ax.hlines(place[some], lower[some], upper[some], color=colour, lw=2, label=told)
         ax.scatter(mean[some], place[some], color=colour, s=22, zorder=3)
@@ -177,13 +178,14 @@ def saliency_map(
     """Saliency of an image: what each patch adds to the log odds of the predicted class.
 
     As `saliency`, with a patch for a token: products of pixel and gradient, summed over a patch and
-    its channels. A cross marks patches whose interval holds 0.
+    its channels. A pixel of 0 adds nothing, whatever its gradient. A cross marks patches whose
+    interval holds 0. Of several channels the picture shows the mean.
 
     Args:
         posterior: of a model of labels, one a row.
         x: images (row, height, width) or (row, channel, height, width), or a tuple where the model
             takes several inputs: the first is looked at.
-        patch: pixels along each side of one, as in `bnn.models.vit`; 1 for pixels.
+        patch: pixels along each side of a patch, as in `bnn.models.vit`; 1 for single pixels.
         row: which to draw.
         level: of the central credible interval of each patch.
         draws: of each chain, evenly spread; None uses all.
@@ -206,15 +208,15 @@ def saliency_map(
     """
     from matplotlib import pyplot
 
-    values, label, image = patches(posterior, x, patch=patch, row=row, draws=draws, seed=seed)
     ends = _ends(level)
+    values, label, image = patches(posterior, x, patch=patch, row=row, draws=draws, seed=seed)
     lower, upper = np.quantile(values, ends, axis=0)
     unclear = (lower <= 0) & (upper >= 0)
     top = max(float(np.abs([lower, upper]).max()), 1e-9)
     high, wide = image.shape
-    figure, axes = pyplot.subplots(
-        1, 4, figsize=(9.6, 0.9 + 2.0 * high / wide), layout="constrained"
-    )
+    side = min(2.0, 5.0 * wide / high)  # inches, of what may be 9.6 wide and some 6 high
+    size = (9.6, 0.9 + max(side * high / wide, 1.2))
+    figure, axes = pyplot.subplots(1, 4, figsize=size, layout="constrained")
     axes[0].imshow(image, cmap="gray")
     maps = ((f"{ends[0]:.3g} quantile", lower), ("mean", values.mean(0)),
             (f"{ends[1]:.3g} quantile", upper))  # fmt: skip
@@ -227,8 +229,9 @@ def saliency_map(
     axes[0].set_title("image", fontsize="medium")
     axes[0].set(xlabel="pixel", ylabel="pixel")
     down, across = ((np.nonzero(unclear)[i] + 0.5) * patch - 0.5 for i in range(2))
-    told = f"{level:.0%} interval holds 0"
-    axes[2].scatter(across, down, marker="x", color="#444444", s=18, lw=1, label=told)
+    told, points = f"{100 * level:.4g}% interval holds 0", 72 * side * patch / wide
+    cross = {"marker": "x", "color": "#444444", "s": min(18.0, (0.4 * points) ** 2)}
+    axes[2].scatter(across, down, **cross, lw=min(1.0, 0.1 * points), label=told)
     axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False, fontsize="small")
     figure.colorbar(
         shown[0], ax=list(axes), label=f"input x gradient of the\nlog odds of y = {label}"
@@ -247,14 +250,19 @@ def patches(
 ) -> "tuple[np.ndarray[Any, Any], int, np.ndarray[Any, Any]]":
     """What `saliency_map` draws: (draw, down, across), the predicted class, the image."""
     first = arguments.check_inputs(_row(x, row), posterior.data)[0]
-    if first.ndim not in (3, 4) or not first.is_floating_point():
+    if first.ndim not in (3, 4):
         raise DataError(
-            f"plots.saliency_map is of images, (row, height, width) or (row, channel, height, "
-            f"width), and x has shape {tuple(first.shape)} and dtype {first.dtype}. For tokens and "
-            "columns use plots.saliency."
+            "plots.saliency_map is of images, (row, height, width) or (row, channel, height, "
+            f"width), and a row of x has shape {tuple(first.shape[1:])}. For tokens and columns "
+            "use plots.saliency."
+        )
+    if not first.is_floating_point():
+        raise DataError(
+            f"The pixels of x are whole numbers ({first.dtype}), as they were in the fit, and have "
+            "no gradient. Fit the model to x as floats."
         )
     high, wide = first.shape[-2:]
-    if not isinstance(patch, int) or patch < 1 or high % patch or wide % patch:
+    if not isinstance(patch, int | np.integer) or patch < 1 or high % patch or wide % patch:
         raise DataError(
             f"patch is {patch!r}, and patches of that many pixels a side do not tile an image of "
             f"(height={high}, width={wide}). Pass a divisor of both."
@@ -350,12 +358,16 @@ def _ends(level: float) -> list[float]:
 
 
 def _row(x: Any, row: int) -> tuple[Any, ...]:
+    """One row of each input; an input that is a single number belongs to every row."""
     inputs = x if isinstance(x, tuple) else (x,)
-    rows = len(inputs[0])
+    lengths = [len(each) for each in inputs if np.ndim(each)]
+    if len(set(lengths)) != 1:
+        raise DataError(f"The inputs in x have {lengths} rows. Pass the same rows of each.")
+    rows = lengths[0]
     if not -rows <= row < rows:
         raise DataError(f"row is {row}, and x has {rows} rows.")
     first = row % rows
-    return tuple(each[first : first + 1] for each in inputs)
+    return tuple(each[first : first + 1] if np.ndim(each) else each for each in inputs)
 
 
 def _names(tokens: Sequence[str] | None, count: int) -> list[str]:

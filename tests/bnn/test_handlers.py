@@ -2,9 +2,10 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 
-from bnn.handlers import At, Capture, Rewrite, Score
+from bnn.handlers import At, Capture, Rewrite, Score, threads
 
 X, Y = torch.randn(6, 2), torch.randn(6)
 AT = {"w": torch.tensor([0.5, -1.0])}
@@ -63,3 +64,18 @@ def test_a_rewritten_seam_is_what_the_program_goes_on_with():
     torch.testing.assert_close(capture.values["f"], X @ AT["w"] + 1)
     torch.testing.assert_close(capture.fn.mean, X @ AT["w"] + 1)
     assert rewrite.met == {"f"}  # w is a site of its own right, not a seam
+
+
+def test_small_work_has_one_thread_large_the_callers_and_both_give_them_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for work, inside in ((1_000, 1), (10**9, 2)):
+            with threads(work):
+                assert torch.get_num_threads() == inside
+            assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), threads(1_000):
+            1 / 0  # noqa: B018
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -149,16 +149,50 @@ def test_saliency_of_patches_sums_weight_times_pixel(shape):
     assert crosses == {(2 * j + 0.5, 2 * i + 0.5) for i, j in held}  # in the middle of a patch
 
 
+def test_a_number_beside_the_images_belongs_to_every_row():
+    """Log odds of 2 x w: the 2 is an input too, and one of all rows."""
+    model = lambda x, gain, y=None: pixels(gain * x, y)
+    x, y = np.random.default_rng(0).standard_normal((20, 2, 4)), np.arange(20) % 2.0
+    posterior = fit(model, x, 2.0, y, method=bnn.MAP(steps=5, draws=1))
+    values, label, _ = patches(posterior, (x, 2.0), patch=np.int64(2), row=-1)
+    assert values.shape == (1, 1, 2)  # one draw
+    products = (2 if label else -2) * x[-1] * posterior.draws["w"][0, 0].numpy()
+    np.testing.assert_allclose(
+        values[0, 0], [products[:, :2].sum(), products[:, 2:].sum()], rtol=1e-4, atol=1e-6
+    )
+    assert len(saliency_map(posterior, (x, 2.0))[2].collections[0].get_offsets()) == 0
+    with pytest.raises(bnn.DataError, match=r"have \[20, 19\] rows"):
+        patches(posterior, (x, x[:19]))
+
+
+@pytest.mark.parametrize(("shape", "inches"), [((2, 32), 2.1), ((64, 4), 5.9), ((28, 28), 2.9)])
+def test_images_of_any_shape_fit_on_a_page_and_show_under_their_crosses(shape, inches):
+    x, y = np.random.default_rng(0).standard_normal((20, *shape)), np.arange(20) % 2.0
+    x[0] = 0  # a dark image: no pixel adds anything
+    axes = saliency_map(fit(pixels, x, y, method=bnn.SVI(steps=5, draws=3)), x)
+    assert axes[0].figure.get_size_inches()[1] == pytest.approx(inches)
+    crosses = axes[2].collections[0]
+    assert len(crosses.get_offsets()) == shape[0] * shape[1]
+    axes[0].figure.draw_without_rendering()
+    pixel = axes[2].get_window_extent().width / shape[1] * 72 / axes[0].figure.dpi  # points
+    assert 0.2 * pixel < crosses.get_sizes()[0] ** 0.5 < 0.8 * pixel
+
+
 def test_refuses_what_is_no_image_or_is_not_tiled():
     x, y = np.random.default_rng(0).standard_normal((20, 4, 6)), np.arange(20) % 2
     posterior = fit(pixels, x, y * 1.0, method=bnn.MAP(steps=5, draws=2))
     with pytest.raises(bnn.DataError, match=r"patch is 4.*height=4, width=6.*divisor"):
         saliency_map(posterior, x, patch=4)
-    with pytest.raises(bnn.DataError, match="level is 90"):
-        saliency_map(posterior, x, patch=2, level=90)
+    for draw in (saliency, saliency_map):
+        with pytest.raises(bnn.DataError, match="level is 90"):
+            draw(posterior, x, level=90)
+    whole = lambda x, y=None: pixels(x.float(), y)
+    counts = (10 * x).astype(int)
+    with pytest.raises(bnn.DataError, match=r"whole numbers \(torch\.int64\).*x as floats"):
+        saliency_map(fit(whole, counts, y * 1.0, method=bnn.MAP(steps=5)), counts)
     x, y = sentences()
     model = transformer_classification(5, 2, vocabulary=9, width=8, heads=2, layers=1)
-    with pytest.raises(bnn.DataError, match=r"is of images.*use plots\.saliency"):
+    with pytest.raises(bnn.DataError, match=r"a row of x has shape \(5,\).*use plots\.saliency"):
         saliency_map(fit(model, x, y, method=bnn.MAP(steps=2, draws=2)), x)
 
 

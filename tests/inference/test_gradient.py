@@ -280,6 +280,8 @@ def check_kind(kind, route):
         warnings.simplefilter("always")
         gradient = gradient_of(model, route)
     reached = route if becomes == "traced" else becomes
+    if (route, becomes) == ("traced", "looped"):
+        assert sum(w.category is bnn.PerformanceWarning for w in told) == 1
     if gradient.route != reached:  # the inductor cannot compile all that can be traced
         assert (reached, gradient.route) == ("compiled", "traced")
         assert sum(w.category is bnn.PerformanceWarning for w in told) == 1
