@@ -246,9 +246,16 @@ def approximate(
             raise SystemExit(143) from error  # what a shell calls an end by this signal
         raise
     if not run.frozen:
-        with ALONE, threads(work):
-            found = diagnostics.at_fit(posterior)
-        diagnostics.warn(found)
+        try:
+            with ALONE, threads(work):
+                found = diagnostics.at_fit(posterior)
+            diagnostics.warn(found)
+        except KeyboardInterrupt:
+            warnings.warn(
+                "The fit is done and its checks were interrupted: posterior.diagnose() makes them.",
+                ConvergenceWarning,
+                stacklevel=outside(),
+            )
     if run.cut and not run.frozen:
         again = "" if run.folder is None else " Call the same fit again to go on."
         warnings.warn(

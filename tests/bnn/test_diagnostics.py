@@ -858,3 +858,13 @@ def test_chains_that_never_moved_are_told(regression, stuck):
         assert told["chains that never moved"].value == stuck
         assert told["chains that never moved"].doubtful
         assert told["E-BFMI"].doubtful
+
+
+def test_an_interrupt_during_the_checks_loses_no_fit(regression, monkeypatch):
+    def interrupted(posterior):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bnn.diagnostics, "at_fit", interrupted)
+    with pytest.warns(bnn.ConvergenceWarning, match=r"checks were interrupted.*diagnose\(\)"):
+        posterior = bnn.fit(regression.model, regression.x, regression.y, method=bnn.MAP(steps=200))
+    assert posterior.complete
