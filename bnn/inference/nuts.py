@@ -14,10 +14,12 @@ many thousands of weights. Weights of a net are not identified: read R-hat of f,
 """
 
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from bnn.data import Data
 from bnn.handlers import branch
@@ -128,6 +130,8 @@ class NUTS(Method):
                 mass_matrix=self.mass_matrix,
                 report=lambda progress: _show(shown, progress, self.chains),
             )
+            if not shown.disable:
+                shown.set_postfix_str(self._forecast(gradient, start))
             sampler.warm(self.warmup, compiling)
             z, kept = sampler.draw(self.chains, self.draws)
         stats = {name: torch.from_numpy(values) for name, values in kept.items()}
@@ -141,6 +145,15 @@ class NUTS(Method):
             draws=energy.unflatten(torch.from_numpy(z).to(gradient.device)),
             stats=stats,
         )
+
+    def _forecast(self, gradient: Gradient, start: np.ndarray) -> str:
+        """How long it can take: by trajectories of few steps, and by the longest."""
+        z, began = torch.from_numpy(start), perf_counter()
+        gradient(z)
+        each = (perf_counter() - began) * (self.warmup + self.draws)
+        most = 2**self.max_tree_depth - 1
+        low, high = (tqdm.format_interval(each * n) for n in (min(_STEPS, most), most))
+        return f"{low} to {high} in all"
 
 
 class _Compiling:

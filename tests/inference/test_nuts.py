@@ -293,11 +293,12 @@ def test_short_trajectories_are_told():
     ("chains", "shown"), [(2, r"\d\.\d\d/\d\.\d\d,"), (5, r"\d\.\d\d-\d\.\d\d,")]
 )
 def test_the_bar_tells_acceptance_chain_by_chain(regression, monkeypatch, capsys, chains, shown):
-    """In warmup too; of many chains the lowest and the highest."""
+    """In warmup too; of many chains the lowest and the highest. At first, how long it can take."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     method = bnn.NUTS(chains=chains, warmup=100, draws=100)
     bnn.fit(regression.model, regression.x, regression.y, method=method)
     text = capsys.readouterr().err
     assert "divergences" in text
     assert re.search("acceptance " + shown, text)
+    assert re.search(r"\d\d:\d\d to \d\d:\d\d in all", text)  # before anything else
     assert "nan" not in text
