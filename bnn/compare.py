@@ -172,7 +172,7 @@ def _row(
         )
         try:
             left_out, se, k = loo(posterior, _LOO_ROWS)
-            high = float((~(k <= _HIGH)).sum())
+            high = int((~(k <= _HIGH)).sum())
             found = left_out, se, high, float(k.max())
         except (ModelError, DataError) as told:
             found, lost[name] = [math.nan] * 4, str(told)
