@@ -194,7 +194,7 @@ def _likelihood(
     few = thinned(posterior, _FEWEST if quick else None, rows * max(1, size // _WEIGHTS))
     each = few.log_likelihood(*(() if some is None else take(data.tensors, some)))
     each = each.double().flatten(0, 1)  # (draw, row)
-    variance = float(each.sum(1).var()) / len(each)
+    variance = float(each.sum(1).var()) / len(each) if len(each) > 1 else math.nan
     if some is not None:
         variance += rows * float(each.mean(0).var())
     return (

@@ -868,3 +868,14 @@ def test_an_interrupt_during_the_checks_loses_no_fit(regression, monkeypatch):
     with pytest.warns(bnn.ConvergenceWarning, match=r"checks were interrupted.*diagnose\(\)"):
         posterior = bnn.fit(regression.model, regression.x, regression.y, method=bnn.MAP(steps=200))
     assert posterior.complete
+
+
+def test_a_guide_of_one_draw_is_checked_without_torchs_own_warning(regression):
+    """Worse than the prior after two steps, so that its one log likelihood is looked at."""
+    method = bnn.SVI(steps=2, draws=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", bnn.ConvergenceWarning)
+        fitted = bnn.fit(regression.model, regression.x, regression.y, method=method)
+        name = "ELBO above the prior's"
+        assert name in [each.name for each in fitted.diagnose().findings]
