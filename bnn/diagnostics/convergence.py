@@ -63,7 +63,8 @@ def rhat(x: Tensor) -> Tensor:
 def ess(x: Tensor) -> tuple[Tensor, Tensor]:
     """Effective sample sizes for the bulk, and for the worse of the 5 and 95 % quantiles.
 
-    ArviZ's numbers, to 1e-9, of all quantities together.
+    ArviZ's numbers, to 1e-9, of all quantities together: every fit looks at them, and must not wait
+    for ArviZ to be imported.
 
     Args:
         x: (chain, draw, quantity), of at least four draws.
