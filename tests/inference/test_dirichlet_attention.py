@@ -104,6 +104,16 @@ def test_one_query_seen_often_is_the_conjugate_posterior(batch_size):
     assert (weights[:, :, 2, 3] == 0).all()
 
 
+@pytest.mark.parametrize(("row", "keys"), [(1, 4), (2, 3)])
+def test_the_bound_of_one_query_is_its_log_evidence(row, keys):
+    """Within .02 nats: 8,192 draws of a log likelihood whose sd is 1.2 leave .013 in the bound."""
+    x, y, counts = seen()
+    method = dataclasses.replace(EXACT, steps=3_000, learning_rate=0.05)
+    posterior = fit(looks, x[[row]], y[[row]], method=method)
+    exact = log_evidence(torch.full((keys,), 4 / keys), counts[row, :keys])
+    assert posterior.elbo == pytest.approx(float(exact), abs=0.02)
+
+
 def test_the_models_own_site_is_the_prior():
     x, y, counts = seen((4, 4, 4))
     method = dataclasses.replace(EXACT, prior=None)
