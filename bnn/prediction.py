@@ -148,20 +148,21 @@ class Prediction(Predictive):
     def draw_probs(self) -> Tensor:
         """Class probabilities at each draw, (chain, draw, row, *, class); their mean is `probs`.
 
-        They are read off f, as logits or as probabilities, whichever have that mean.
+        They are read off f, as probabilities or as logits, whichever have that mean.
 
         Raises:
             ModelError: y is a number; or f is neither.
         """
         self.entropy  # noqa: B018  the same refusal
         assert self.probs is not None
-        ways = [lambda f: f.softmax(-1), lambda f: f]
+        # Probabilities first: the softmax of some that are alike on both sides has their mean too.
+        ways = [lambda f: f, lambda f: f.softmax(-1)]
         if self.f.ndim == self.probs.ndim + 1:  # one number a label of two
-            ways = [lambda f: torch.stack([(-f).sigmoid(), f.sigmoid()], -1)]
-            ways.append(lambda f: torch.stack([1 - f, f], -1))
+            ways = [lambda f: torch.stack([1 - f, f], -1)]
+            ways.append(lambda f: torch.stack([(-f).sigmoid(), f.sigmoid()], -1))
         for way in ways:
             each = way(self.f)
-            if each.shape[2:] == self.probs.shape:
+            if each.shape[2:] == self.probs.shape and bool((each >= 0).all()):
                 if torch.allclose(each.double().mean((0, 1)), self.probs.double(), atol=1e-4):
                     return each
         raise ModelError(

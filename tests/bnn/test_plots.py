@@ -237,6 +237,9 @@ def test_probabilities_at_draws_are_read_off_f_in_whatever_way_they_stand_there(
     coin = replace(logits(), f=two, probs=probs.mean((0, 1)))
     torch.testing.assert_close(coin.draw_probs, probs)
     torch.testing.assert_close(replace(coin, f=two.sigmoid()).draw_probs, probs)
+    even = torch.stack([probs, probs.flip(-1)], 1).flatten(1, 2)  # their softmax has this mean too
+    both = replace(logits(), f=even, y=LABELS.expand(2, 100, ROWS), probs=even.mean((0, 1)))
+    torch.testing.assert_close(both.draw_probs, even)
     for other in (replace(coin, f=two.exp()), replace(logits(), f=f.exp()), labels()):
         with pytest.raises(bnn.ModelError, match="cannot be read off f"):
             _ = other.draw_probs
