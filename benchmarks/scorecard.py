@@ -1,6 +1,6 @@
 """Each method's honest scorecard: how far its predictions are from those of a long NUTS run.
 
-Three fixed small problems. NUTS, long, is what the exact posterior predicts; every method is fitted
+Four fixed small problems. NUTS, long, is what the exact posterior predicts; every method is fitted
 to the same rows at its defaults, and its predictions at test rows are held against that and against
 the truth. Each fit is appended to a file as it ends: what is there is not run again.
 """
@@ -26,6 +26,7 @@ PREDICTIVE = 2_000  # draws of y, at least, that its ends are read off
 GRID = 200  # values of y at which the predictive densities of a row are compared
 DENSITY = 500  # draws, at most, of which they are mixtures
 TESTED = 100  # test rows
+ATTENTION = 4.0  # concentration of the prior of attention, over all keys
 REFERENCE, SEED = "reference", 12345
 
 
@@ -37,8 +38,9 @@ class Problem:
         title: for the table.
         rows: to train on.
         inputs: columns of x.
-        hidden: units of the net's one layer.
+        hidden: units of the net's one layer; of a transformer, the width of its tokens.
         classes: 0 where y is a number.
+        words: that the columns of x are ids of; 0 where they are numbers.
     """
 
     title: str
@@ -46,10 +48,15 @@ class Problem:
     inputs: int
     hidden: int
     classes: int = 0
+    words: int = 0
 
     def data(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the law: x (row, input), y (row,); always the same."""
         rng = np.random.default_rng([seed, self.inputs])
+        if self.words:  # the first half of the words speak for 1, the others against
+            x = rng.integers(self.words, size=(rows, self.inputs))
+            says = np.where(x < self.words // 2, 1.0, -1.0).sum(1)
+            return x, (rng.uniform(size=rows) < 1 / (1 + np.exp(-says))).astype(np.int64)
         if self.classes:  # arms of a spiral
             y = rng.integers(self.classes, size=rows)
             radius = rng.uniform(0.2, 2.0, rows)
@@ -63,19 +70,35 @@ class Problem:
         return x, f + 0.3 * rng.normal(size=rows)
 
     def split(self) -> tuple[np.ndarray, ...]:
-        """Training rows x, y and test rows x, y; inputs in float32."""
+        """Training rows x, y and test rows x, y; numbers in float32."""
         x, y = self.data(self.rows, 0)
         x_test, y_test = self.data(TESTED, 1)
         if not self.classes:
             y, y_test = y.astype(np.float32), y_test.astype(np.float32)
-        return x.astype(np.float32), y, x_test.astype(np.float32), y_test
+        if not self.words:
+            x, x_test = x.astype(np.float32), x_test.astype(np.float32)
+        return x, y, x_test, y_test
 
-    @cache  # noqa: B019  three of them
+    @cache  # noqa: B019  four of them
     def model(self) -> Any:
-        """One hidden layer of tanh units, weights N(0, 1 / sqrt(inputs)), sigma learned."""
-        from bnn.models import mlp_classification, mlp_regression, priors
+        """One hidden layer of tanh units, weights N(0, 1 / sqrt(inputs)), sigma learned.
+
+        Of words: one block of a transformer, its attention weights a Dirichlet site of each row.
+        """
+        from bnn.models import (
+            mlp_classification,
+            mlp_regression,
+            priors,
+            transformer_classification,
+        )
 
         prior = priors.Normal(scale="fan_in")
+        if self.words:
+            net = {"vocabulary": self.words, "width": self.hidden, "heads": 1, "layers": 1}
+            attention = priors.UniformAttention(ATTENTION)
+            return transformer_classification(
+                self.inputs, self.classes, prior=prior, attention=attention, **net
+            )
         if self.classes:
             return mlp_classification(self.inputs, self.classes, (self.hidden,), prior=prior)
         return mlp_regression(self.inputs, (self.hidden,), prior=prior)
@@ -85,6 +108,7 @@ PROBLEMS = {
     "line": Problem("1-D regression, 40 rows, 1-20-1", 40, 1, 20),
     "spiral": Problem("2-D, three classes, 90 rows, 2-10-3", 90, 2, 10, classes=3),
     "eight": Problem("8-feature regression, 200 rows, 8-10-1", 200, 8, 10),
+    "words": Problem("Rows of four words, 60 rows, a transformer", 60, 4, 4, classes=2, words=6),
 }
 
 
@@ -132,6 +156,8 @@ METHODS = {
     "MCDropout": Entry("MCDropout", {"rate": 0.05}),
     "ConcreteDropout": Entry("ConcreteDropout"),
     "GFlowOut": Entry("GFlowOut"),
+    "DirichletAttention": Entry("DirichletAttention"),
+    "DirichletAttention, normal": Entry("DirichletAttention", {"weights": "normal"}),
     "MAP": Entry("MAP"),
 }
 
@@ -142,19 +168,24 @@ METHODS = {
 def distances(posterior: Any, reference: Any, x: np.ndarray) -> dict[str, float]:
     """How far two predictives are apart, means over rows.
 
-    Of labels: `tv`, total variation of the class probabilities, and `agreement`, the share of rows
-    with the same most probable label. Of numbers: `tv`, total variation of the predictive
-    densities, and `w1`, their Wasserstein distance in units of y, both by densities on a grid, so
-    that draws of y add no noise. (`bnn.reference` measures f, and p(y | x) at drawn y, of any
-    model; a row of numbers is little enough for a grid.)
+    Of labels: `tv`, total variation of the class probabilities; `w1`, the Wasserstein distance of
+    their draws, one for each class; and `agreement`, the share of rows with the same most probable
+    label. Of numbers: `tv`, total variation of the predictive densities, and `w1`, their
+    Wasserstein distance in units of y, both by densities on a grid, so that draws of y add no
+    noise. (`bnn.reference` measures f, and p(y | x) at drawn y, of any model; a row of numbers is
+    little enough for a grid.)
     """
     import torch
+
+    from bnn.reference import wasserstein
 
     ours, theirs = posterior.predict(x), reference.predict(x)
     if ours.probs is not None:
         p, q = ours.probs.double(), theirs.probs.double()
         agreement = (p.argmax(-1) == q.argmax(-1)).double().mean()
-        return {"tv": float((p - q).abs().sum(-1).mean() / 2), "agreement": float(agreement)}
+        apart = wasserstein(*(each.draw_probs.flatten(0, 1).double() for each in (ours, theirs)))
+        tv = (p - q).abs().sum(-1).mean() / 2
+        return {"tv": float(tv), "w1": float(apart.mean()), "agreement": float(agreement)}
     rows, columns = len(x), x.shape[1:]
     ends = [(p.mean + side * 8 * p.std).double() for p in (ours, theirs) for side in (-1, 1)]
     low, high = torch.stack(ends).amin(0), torch.stack(ends).amax(0)
@@ -179,8 +210,11 @@ def thinned(posterior: Any) -> Any:
 
 
 def scores(posterior: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
-    """Mean negative log predictive density of the test rows, and the coverage of numbers."""
-    from bnn.calibration import interval_coverage
+    """Mean negative log predictive density of the test rows, and coverage: of 90 % intervals.
+
+    Of labels: of the smallest sets that are 90 % probable.
+    """
+    from bnn.calibration import interval_coverage, set_coverage
 
     found = {"nll": -float(posterior.log_score(x, y).double().mean())}
     several = -(-PREDICTIVE // math.prod(posterior.shape))  # an ensemble has as few draws as nets
@@ -188,6 +222,8 @@ def scores(posterior: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     if predictions[0].probs is None:
         draws = np.concatenate([p.y.flatten(0, 1).numpy() for p in predictions])
         found["coverage"] = float(interval_coverage(draws, y, LEVEL))
+    else:
+        found["coverage"] = float(set_coverage(predictions[0].probs, y, LEVEL))
     return found
 
 
