@@ -52,7 +52,7 @@ def fit(
         method: how to approximate the posterior; default `bnn.SVI()`.
         seed: a whole number from 0 below 2**64. The same seed gives the same draws, whatever ran
             before; generators, dtype and Pyro's state are left as they were.
-        progress: show a bar, where a terminal can show one.
+        progress: show a bar, where a terminal or a notebook can show one.
         checkpoint: a folder of this fit alone, in which it keeps what it has done, each minute and
             at the end of each phase; `Checkpoint` sets the interval. The same call goes on where a
             fit stopped, however it did, to the same draws bit for bit; of a finished fit it returns

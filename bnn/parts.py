@@ -14,14 +14,12 @@ from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from sys import stderr
 from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bnn.checkpoint import is_repeated
 from bnn.data import Data
@@ -30,6 +28,7 @@ from bnn.errors import FitError, ModelError, outside
 from bnn.handlers import branch, quiet_pyro, seeded, threads
 from bnn.method import Method, Model
 from bnn.posterior import Posterior
+from bnn.progress import bar
 from bnn.run import Folder, Interrupted, Run
 from bnn.sites import Sites, require_one_value
 from bnn.workers import Workers, first_line, lost
@@ -189,12 +188,11 @@ def _elsewhere(
 ) -> dict[int, Posterior]:
     """Those that workers computed, by number: all, unless the run was stopped."""
     sent: dict[int, _Sent] = {}
-    show = progress and stderr.isatty()
     try:
         with (
             Workers(executor, parts) as workers,
             run.under_way(),
-            tqdm(total=len(parts), desc="parts", disable=not show) as shown,
+            bar(len(parts), "parts", progress) as shown,
         ):
             run.listening = True
             while workers.left:

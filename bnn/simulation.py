@@ -20,13 +20,11 @@ from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import inf, sqrt
-from sys import stderr
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bnn import contract, fitting
 from bnn.arguments import argument_names
@@ -39,6 +37,7 @@ from bnn.method import Method, Model, Tensors, check_count
 from bnn.parts import ALONE
 from bnn.posterior import Posterior
 from bnn.prediction import predict
+from bnn.progress import bar
 from bnn.sites import Sites, require_every_row
 from bnn.workers import Workers, first_line, lost
 
@@ -251,14 +250,12 @@ def sbc(
     journal = None if path is None else Journal(path, job.settings())
     found = {each["replicate"]: each for each in (journal.results if journal else [])}
     todo = [i for i in range(replicates) if i not in found]
-    show = progress and stderr.isatty()
-    bar = tqdm(total=replicates, initial=replicates - len(todo), desc="SBC", disable=not show)
-    with bar:
+    with bar(replicates, "SBC", progress, initial=replicates - len(todo)) as shown:
         for result in _results(job, todo, executor):
             found[result["replicate"]] = result
             if journal is not None:
                 journal.add(result)
-            bar.update()
+            shown.update()
     return _gathered([found[i] for i in range(replicates)], int(draws))
 
 

@@ -4,6 +4,7 @@ Without arguments all of them. What is stored is what a run gives and nothing of
 ran, so that a rerun on one machine leaves the same bytes.
 """
 
+import os
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ CELL = re.compile(r"\S*ipykernel_\d+\S+\.py:\d+: ")  # where a warning was raise
 
 def refresh(path: Path) -> None:
     """Runs one notebook, from its own folder, and writes it back."""
+    os.environ["TQDM_DISABLE"] = "1"  # bars are for who watches
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
     NotebookClient(

@@ -15,10 +15,10 @@ from bnn.data import Batches
 from bnn.diagnostics import Finding
 from bnn.errors import ConvergenceWarning, FitError, outside
 from bnn.inference._importance import at_fit, of_guide
-from bnn.inference._progress import bar
 from bnn.inference._snapshots import Snapshots
 from bnn.inference._step import Objective, Step
 from bnn.method import Method, check_count, check_positive
+from bnn.progress import bar
 from bnn.run import Phase
 
 if TYPE_CHECKING:

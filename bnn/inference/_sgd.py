@@ -11,9 +11,9 @@ from bnn.data import Batches
 from bnn.errors import FitError
 from bnn.handlers import branch
 from bnn.inference._members import Members
-from bnn.inference._progress import bar
 from bnn.inference._step import Rule, Step, over
 from bnn.inference._stiffness import Stiffness
+from bnn.progress import bar
 from bnn.run import Phase
 
 _HALVINGS = 10  # of the rate that is chosen here, in all

@@ -34,11 +34,11 @@ from bnn.handlers import branch, seeded
 from bnn.inference._energy import Energy
 from bnn.inference._members import Members
 from bnn.inference._optimise import Ascent, maximise
-from bnn.inference._progress import bar
 from bnn.inference._step import Rule, Step, over
 from bnn.inference._stiffness import Stiffness
 from bnn.method import Method, Model, check_count, check_parts, check_positive
 from bnn.posterior import Posterior
+from bnn.progress import bar
 from bnn.run import Phase
 from bnn.sites import Sites, require_continuous, require_minibatches, require_no_parameters
 

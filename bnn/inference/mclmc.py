@@ -39,9 +39,9 @@ from bnn.errors import ApproximationWarning
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
-from bnn.inference._progress import bar
 from bnn.method import Method, Model, check_count, check_parts, check_positive
 from bnn.posterior import Posterior
+from bnn.progress import bar
 from bnn.sites import Sites, require_all_rows, require_continuous, require_no_parameters
 
 if TYPE_CHECKING:

@@ -467,6 +467,24 @@ def test_compiled_draws_are_exact(regression, monkeypatch):
     assert_exact(posterior.draws["w"], regression.mean, regression.sd)
 
 
+@pytest.mark.parametrize("method", [bnn.NUTS, bnn.MCLMC])
+def test_a_sampler_says_that_it_compiles(method, regression, monkeypatch, capsys):
+    """Before the seconds that it takes: when the compiler is called, the bar has said so."""
+    said = []
+
+    def compiler(graph, *z):
+        said.append("compiling the gradient" in capsys.readouterr().err)
+        return _compile.traced(graph, *z)
+
+    monkeypatch.setattr(_gradient, "_COMPILING", 0.0)
+    monkeypatch.setattr(_gradient, "compiled", compiler)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # too short to converge
+        bnn.fit(regression.model, regression.x, regression.y, method=method(warmup=5, draws=5))
+    assert said == [True]
+
+
 def test_hasten_decides_by_the_count_alone(monkeypatch):
     built = []
     monkeypatch.setattr(

@@ -1,4 +1,6 @@
+import io
 import math
+import sys
 
 import numpy as np
 import pyro
@@ -448,3 +450,12 @@ def test_the_bar_tells_the_elbo_on_a_terminal_and_is_silent_elsewhere(
     text = "".join(capsys.readouterr())
     assert ("ELBO" in text) == shown
     assert bool(text) == shown
+
+
+def test_a_notebook_shows_the_bar(regression, monkeypatch):
+    """The stream of its kernel is no terminal, but somebody reads it."""
+    kernels = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    monkeypatch.setattr("sys.stderr", kernels())
+    method = bnn.SVI(steps=300, schedule="constant", draws=5)
+    bnn.fit(regression.model, regression.x, regression.y, method=method)
+    assert "ELBO" in sys.stderr.getvalue()
