@@ -25,9 +25,9 @@ from bnn.data import Data
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
-from bnn.inference._progress import bar
 from bnn.method import Method, Model, check_count, check_parts
 from bnn.posterior import Posterior
+from bnn.progress import bar
 from bnn.sites import Sites, require_all_rows, require_continuous, require_no_parameters
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class NUTS(Method):
         warmup: iterations before them; not kept. All lanes that run learn together, so 200 teach
             as much as some thousand of one chain.
         target_accept: acceptance rate that the step size aims at, in (0, 1); raise it towards 1
-            where divergences appear.
+            where divergences appear. On nets of 50 and 502 weights .9 and .8 gave as many effective
+            draws of f a gradient (within 12 %), and on the small one 4 and 173 of 9,600 diverged.
         max_tree_depth: a trajectory has at most 2^max_tree_depth - 1 steps.
         mass_matrix: "diagonal" learns a scale for each coordinate, "low_rank" also the few
             directions along which it differs most from that, "dense" the whole covariance.
@@ -65,14 +66,14 @@ class NUTS(Method):
         to Hamiltonian Monte Carlo, appendix A (multinomial draws, generalised criterion).
 
     Example:
-        >>> NUTS(target_accept=0.9).chains
+        >>> NUTS(target_accept=0.95).chains
         16
     """
 
     chains: int = 16
     draws: int = 250
     warmup: int = 200
-    target_accept: float = 0.8
+    target_accept: float = 0.9
     max_tree_depth: int = 10
     mass_matrix: str = "diagonal"
     parts: int = 1
