@@ -26,7 +26,7 @@ PREDICTIVE = 2_000  # draws of y, at least, that its ends are read off
 GRID = 200  # values of y at which the predictive densities of a row are compared
 DENSITY = 500  # draws, at most, of which they are mixtures
 TESTED = 100  # test rows
-ATTENTION = 4.0  # concentration of the prior of attention, over all keys
+ATTENTION = 3.0  # concentration of the prior of attention, over all keys
 REFERENCE, SEED = "reference", 12345
 
 
@@ -108,7 +108,7 @@ PROBLEMS = {
     "line": Problem("1-D regression, 40 rows, 1-20-1", 40, 1, 20),
     "spiral": Problem("2-D, three classes, 90 rows, 2-10-3", 90, 2, 10, classes=3),
     "eight": Problem("8-feature regression, 200 rows, 8-10-1", 200, 8, 10),
-    "words": Problem("Rows of four words, 60 rows, a transformer", 60, 4, 4, classes=2, words=6),
+    "words": Problem("Rows of three words, 40 rows, a transformer", 40, 3, 4, classes=2, words=6),
 }
 
 
