@@ -137,8 +137,7 @@ class Entry:
     Attributes:
         name: of its class.
         settings: of it, beyond the budget.
-        shares: of the budget, by the setting that counts the steps; none for samplers that choose
-            the length of their trajectories: they take what they take, and the table tells it.
+        shares: of the budget, by the setting that counts the steps, or trajectories of so many.
         noise: of each set; see `bnn.models.likelihoods.Gaussian`.
         beside: the published row that its log-likelihood is compared with.
         tuned: settings of one set alone, chosen like the noise on rows held out of its training
@@ -202,7 +201,8 @@ def abreast(method: Any) -> int:
 _GLM = {"predictive": "linearized"}
 _SWAG = {"steps": 0.5, "collection": 0.5}
 _SGHMC = {"warmup": 0.25, "steps": 0.75}
-_NUTS = {"chains": 4, "warmup": 150, "draws": 100, "max_tree_depth": 9}
+_NUTS = {"warmup": 0.4 / 31, "draws": 0.6 / 31}  # a trajectory of depth 5 has 31 gradients
+_MCLMC = {"warmup": 0.3 / 40, "draws": 0.7 / 40}  # one has 20 or more, as it learns
 METHODS = {
     "MAP": Entry("MAP", {"draws": 200}, noise=POINTS),
     "Laplace, full": Entry("Laplace", {"structure": "full"} | _GLM, noise=POINTS),
@@ -224,8 +224,8 @@ METHODS = {
     "SVI, local": Entry("SVI", {"guide": "normal", "estimator": "local"}, beside="MFVI"),
     "SVI, low_rank": Entry("SVI", {"guide": "low_rank"}),
     "SGHMC": Entry("SGHMC", {"chains": 4}, shares=_SGHMC),
-    "MCLMC": Entry("MCLMC", {"draws": 200}, shares={}, beside="HMC ?"),
-    "NUTS": Entry("NUTS", _NUTS, shares={}, beside="HMC ?"),
+    "MCLMC": Entry("MCLMC", {"chains": 4}, shares=_MCLMC, beside="HMC ?"),
+    "NUTS": Entry("NUTS", {"chains": 4, "max_tree_depth": 5}, shares=_NUTS, beside="HMC ?"),
 }
 
 
@@ -338,7 +338,7 @@ def taken(posterior: Any, entry: Entry) -> float:
     Of samplers that choose their trajectories: as if warmup's were as long as those kept.
     """
     method = posterior.method
-    if not entry.shares:
+    if "n_steps" in posterior.stats:
         each = float(posterior.stats["n_steps"].double().mean())
         return method.chains * (method.warmup + method.draws) * each
     steps = {name: getattr(method, name) for name in entry.shares}
