@@ -4,13 +4,10 @@ In CPU time of one thread, on which other work of the machine has less effect.
 """
 
 import dataclasses
-import statistics
 from collections.abc import Callable
-from time import process_time
 from typing import Any
-from unittest.mock import patch
 
-from benchmarks.common import alternate, arguments, begin, compare
+from benchmarks.common import alternate, arguments, begin, compare, step_time
 
 SIZES = {"S": (8, 32), "M": (16, 64), "L": (16, 128)}  # tokens, width; 2 layers of 4 heads
 ANCHORS = ("bnn MAP", "bnn MAP, compiled")
@@ -31,29 +28,10 @@ def problem(tokens: int, width: int) -> tuple[Any, Any, Any]:
 def timed(method: Any, given: tuple[Any, Any, Any], compiled: bool, steps: int) -> Timed:
     """The median CPU time of a step on 100 rows, compiled or as the model is written."""
     import bnn
-    from bnn.inference import _step
 
     settings = {"learning_rate": 1e-3, "schedule": "constant", "batch_size": 100, "draws": 1}
     made = dataclasses.replace(method, steps=steps, **settings)
-    call = _step.Step.__call__
-
-    def fit() -> float:
-        taken: list[float] = []
-
-        def watched(step: Any, *args: Any) -> Any:
-            if compiled and step.route != "compiled":
-                raise RuntimeError("The step was not compiled.")
-            start = process_time()
-            outcome = call(step, *args)
-            taken.append(process_time() - start)
-            return outcome
-
-        limits = {"_FEW": 0 if compiled else 10**9, "_COMPILING": 0.0}
-        with patch.object(_step.Step, "__call__", watched), patch.multiple(_step, **limits):
-            bnn.fit(*given, method=made, progress=False)
-        return statistics.median(taken[5:])
-
-    return fit
+    return lambda: step_time(lambda: bnn.fit(*given, method=made, progress=False), compiled)
 
 
 def contenders(tokens: int, width: int, steps: int) -> dict[str, Timed]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from multiprocessing import get_context
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 from unittest.mock import patch
 
@@ -248,6 +248,32 @@ def per_step(fit: Callable[[int], Any], seconds: float, few: int = 20) -> Callab
     while elapsed(fit, many) - base < seconds:
         many *= 3
     return lambda: max(elapsed(fit, many) - elapsed(fit, few), 0.0) / (many - few)
+
+
+def step_time(fit: Callable[[], Any], compiled: bool) -> float:
+    """The median processor time of an optimiser step of a fit of bnn, in seconds.
+
+    Args:
+        fit: what is run; its first five steps are left out.
+        compiled: whether steps are compiled, however few, or run as the model is written.
+    """
+    from bnn.inference import _step
+
+    taken: list[float] = []
+    call = _step.Step.__call__
+
+    def watched(step: Any, *args: Any) -> Any:
+        if (step.route == "compiled") != compiled:
+            raise RuntimeError(f"A step took the route {step.route!r}.")
+        start = process_time()
+        outcome = call(step, *args)
+        taken.append(process_time() - start)
+        return outcome
+
+    repays = patch.object(_step, "_COMPILING", 0.0 if compiled else math.inf)
+    with patch.object(_step.Step, "__call__", watched), repays:
+        fit()
+    return statistics.median(taken[5:])
 
 
 def in_turn(order: Iterable[Any], repeat: int) -> list[Any]:

@@ -1,12 +1,17 @@
 """Microseconds of a training step under masks: MC dropout against GFlowOut on the same net."""
 
-import statistics
 from collections.abc import Callable
-from time import process_time
 from typing import Any
-from unittest.mock import patch
 
-from benchmarks.common import PROBLEMS, alternate, arguments, begin, compare, torch_data
+from benchmarks.common import (
+    PROBLEMS,
+    alternate,
+    arguments,
+    begin,
+    compare,
+    step_time,
+    torch_data,
+)
 
 CASES = {"M": ("M", 128), "M-all": ("M", 1_000), "XL": ("XL", 128)}  # problem, rows of a batch
 DROPOUT = "bnn.MCDropout(rate=.5)"
@@ -41,31 +46,13 @@ def methods() -> dict[str, Callable[..., Any]]:
 def timed(case: str, method: Callable[..., Any], compiled: bool, steps: int) -> Timed:
     """The median processor time of a step, compiled or as the model is written."""
     import bnn
-    from bnn.inference import _step
 
     size, batch = CASES[case]
-    model, data = model_of(size), torch_data(PROBLEMS[size])
+    given = model_of(size), *torch_data(PROBLEMS[size])
     settings = {"schedule": "constant", "draws": 1, "learning_rate": 1e-3, "steps": steps}
     made = method(batch_size=None if batch == PROBLEMS[size].rows else batch, **settings)
-    call = _step.Step.__call__
-
-    def fit() -> float:
-        taken: list[float] = []
-
-        def watched(step: Any, *args: Any) -> Any:
-            if compiled and step.route != "compiled":
-                raise RuntimeError(f"The step of {made} was not compiled.")
-            start = process_time()
-            outcome = call(step, *args)
-            taken.append(process_time() - start)
-            return outcome
-
-        limits = {"_FEW": 0 if compiled else 10**9, "_COMPILING": 0.0}
-        with patch.object(_step.Step, "__call__", watched), patch.multiple(_step, **limits):
-            bnn.fit(model, *data, method=made, seed=1, progress=False)
-        return statistics.median(taken[5:])
-
-    return fit
+    fit = lambda: bnn.fit(*given, method=made, seed=1, progress=False)
+    return lambda: step_time(fit, compiled)
 
 
 def main() -> None:
