@@ -72,11 +72,11 @@ def test_the_decision_table_tells_what_was_measured():
     assert len(rows) >= 10
     for label, *told in rows:
         known = measured[{"NUTS": "NUTS, defaults"}.get(label, label)]
-        assert [float(v) for v in told] == known, label
+        assert [float(v) for v in told] == known[:3], label  # the fourth is of a transformer
 
 
 def _scorecards(text):
-    """Label -> total variation on each of the three problems."""
+    """Label -> total variation on each of the problems it is on."""
     found = {}
     text = text.partition("### scorecard")[2]
     for label, tv in re.findall(r"^\| ([^|*]+?) \| (0\.\d+) \|", text, re.M):
