@@ -16,7 +16,7 @@ SAMPLERS = {
     "NumPyro": partial(numpyro_nuts, chains=1, how="sequential"),
     "bnn": partial(bnn_sampler, method="NUTS", chains=1),
 }
-PEERS = {1: ("Pyro", "NumPyro"), 300: ("NumPyro",)}  # by warmup: of 300, Pyro's takes minutes
+PEERS = {1: ("Pyro", "NumPyro"), 200: ("NumPyro",)}  # by warmup: 200 is that of `bnn.NUTS`
 
 
 def importing(statement: str) -> float:
