@@ -83,7 +83,8 @@ class Problem:
     def model(self) -> Any:
         """One hidden layer of tanh units, weights N(0, 1 / sqrt(inputs)), sigma learned.
 
-        Of words: one block of a transformer, its attention weights a Dirichlet site of each row.
+        Of words: one block of a transformer under the same `priors.Normal`, its attention weights
+        a Dirichlet site of each row.
         """
         from bnn.models import (
             mlp_classification,
@@ -217,14 +218,13 @@ def scores(posterior: Any, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     from bnn.calibration import interval_coverage, set_coverage
 
     found = {"nll": -float(posterior.log_score(x, y).double().mean())}
+    probs = posterior.predict(x).probs
+    if probs is not None:
+        return found | {"coverage": float(set_coverage(probs, y, LEVEL))}
     several = -(-PREDICTIVE // math.prod(posterior.shape))  # an ensemble has as few draws as nets
     predictions = [posterior.predict(x, seed=seed) for seed in range(several)]
-    if predictions[0].probs is None:
-        draws = np.concatenate([p.y.flatten(0, 1).numpy() for p in predictions])
-        found["coverage"] = float(interval_coverage(draws, y, LEVEL))
-    else:
-        found["coverage"] = float(set_coverage(predictions[0].probs, y, LEVEL))
-    return found
+    draws = np.concatenate([p.y.flatten(0, 1).numpy() for p in predictions])
+    return found | {"coverage": float(interval_coverage(draws, y, LEVEL))}
 
 
 # Jobs -------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class Entry:
     Attributes:
         name: of its class.
         settings: of it, beyond the budget.
-        shares: of the budget, by the setting that counts the steps, or trajectories of so many.
+        shares: of the budget that a setting is given, in its unit: steps, or trajectories.
         noise: of each set; see `bnn.models.likelihoods.Gaussian`.
         beside: the published row that its log-likelihood is compared with.
         tuned: settings of one set alone, chosen like the noise on rows held out of its training

@@ -162,7 +162,7 @@ class Prediction(Predictive):
             ways.append(lambda f: torch.stack([(-f).sigmoid(), f.sigmoid()], -1))
         for way in ways:
             each = way(self.f)
-            if each.shape[2:] == self.probs.shape and bool((each >= 0).all()):
+            if each.shape[2:] == self.probs.shape and bool((each > -1e-4).all()):
                 if torch.allclose(each.double().mean((0, 1)), self.probs.double(), atol=1e-4):
                     return each
         raise ModelError(

@@ -10,7 +10,7 @@ def bar(total: int, what: str, show: bool, *, initial: int = 0) -> Any:
     """A bar on standard error, for whoever watches a terminal or a notebook.
 
     Silent where `show` is False, where standard error goes to a file, and where the environment
-    says TQDM_DISABLE=1.
+    said TQDM_DISABLE=1 when tqdm was imported.
     """
     hidden: dict[str, Any] = {} if show and _watched() else {"disable": True}
     return tqdm(

@@ -55,7 +55,7 @@ class NUTS(Method):
             as much as some thousand of one chain.
         target_accept: acceptance rate that the step size aims at, in (0, 1); raise it towards 1
             where divergences appear. On nets of 50 and 502 weights .9 and .8 gave as many effective
-            draws of f a gradient (within 12 %), and on the small one 4 and 173 of 9,600 diverged.
+            draws of f a gradient (within 14 %), and on the small one 4 and 173 of 9,600 diverged.
         max_tree_depth: a trajectory has at most 2^max_tree_depth - 1 steps.
         mass_matrix: "diagonal" learns a scale for each coordinate, "low_rank" also the few
             directions along which it differs most from that, "dense" the whole covariance.
