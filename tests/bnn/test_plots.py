@@ -150,6 +150,35 @@ def test_axes_tell_their_units():
     assert "(nats" in plots.compare(TABLE).get_xlabel()
 
 
+# Labels, and what the limits of x and of y have to hold without leaving much of the picture empty.
+LEVELS = ("level of the interval (probability)", "share of rows inside (frequency)")
+RIGHT = ("stated probability of the predicted label", "share of right labels (95 % interval)")
+UNIFORM = "share below, less the uniform one"
+FRAMES = {
+    "band": ("x", "y", (-1, 1), (-3, 3)),
+    "decomposition": ("x", "variance of y", (-1, 1), (0, 1.25)),
+    "functions": ("x", "f", (-1, 1), (-1.9, 2.3)),
+    "trace": ("draw", "f, mean ± standard deviation", (0, 200), (-27, 3)),
+    "history": ("step", "objective, larger is better (nats)", (0, 500), (-100, -10)),
+    "pit": ("PIT value (probability)", UNIFORM, (0, 1), (-0.4, 0.4)),
+    "risk_coverage": ("share of rows kept, the surest first", "mean loss of those", (0, 1), (0, 1)),
+    "sbc": ("rank of the truth / 10", UNIFORM, (0, 1), (-0.14, 0.14)),
+    "truth": ("observed", "predicted", (-3, 3), (-3, 3)),
+    "coverage": (*LEVELS, (0, 1), (0, 1)),
+    "reliability": (*RIGHT, (0, 1), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_labels_and_limits(name):
+    ax = PLOTS[name]()
+    x, y, *held = FRAMES[name]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (x, y)
+    for (low, high), (first, last) in zip((ax.get_xlim(), ax.get_ylim()), held, strict=True):
+        assert low <= first < last <= high
+        assert high - low < 1.25 * (last - first)
+
+
 def test_every_series_is_in_the_legend(plot):
     ax = plot()
     texts = told(ax)
@@ -159,9 +188,17 @@ def test_every_series_is_in_the_legend(plot):
 def test_truth_counts_the_rows_inside_the_interval():
     lower, upper = numbers().interval(0.5)
     inside = int(((Y >= lower) & (Y <= upper)).sum())
-    texts = [t.get_text() for t in plots.truth(numbers(), Y, level=0.5).get_legend().get_texts()]
+    ax = plots.truth(numbers(), Y, level=0.5)
+    texts = told(ax)
     assert texts[0] == f"inside its 50% interval ({inside})"
     assert texts[1] == f"outside its 50% interval ({ROWS - inside})"
+    within, outside = (c.get_offsets() for c in ax.collections if c.get_label() in texts)
+    dots = np.concatenate([within, outside])
+    expected = np.stack([Y, numbers().mean], -1)
+    np.testing.assert_allclose(dots[dots[:, 0].argsort()], expected, rtol=1e-6)
+    bars = np.concatenate([np.array(c.get_segments()) for c in ax.collections[::2]])
+    bars = bars[bars[:, 0, 0].argsort()]  # (row, end, x or y)
+    np.testing.assert_allclose(bars[:, :, 1], np.stack([lower, upper], -1), rtol=1e-6)
 
 
 def test_coverage_draws_the_observed_shares():

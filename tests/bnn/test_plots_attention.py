@@ -59,6 +59,15 @@ def test_attention_is_the_mean_and_the_spread_of_the_draws(attention_is, method)
         np.testing.assert_allclose(shown[0], a.mean(0), atol=1e-6)
         np.testing.assert_allclose(shown[1], a.std(0, correction=0), atol=1e-6)
     assert [t.get_text() for t in grid[0, 0].get_xticklabels()] == list("abcde")
+    for axes, values in zip(grid, shown, strict=True):
+        low, high = axes[0].images[0].get_clim()
+        assert low == 0
+        assert high >= values.max()
+        assert all(ax.images[0].get_clim() == (low, high) for ax in axes)  # heads compare
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in grid[0]] == [("key", "query"), ("key", "")]
+    assert [ax.get_title() for ax in grid[0]] == ["head 0", "head 1"]
+    told = [each.get_ylabel() for each in grid[0, 0].figure.axes[4:]]  # of the colour bars
+    assert told == ["mean weight", "sd over draws"]
 
 
 def test_names_of_many_tokens_do_not_cover_one_another():
