@@ -62,11 +62,13 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
         missing["R-hat, ESS"] = "draws of one run, not of Markov chains: nothing could disagree."
     own = posterior.method.findings(posterior)
     found += own
-    if "log_q" in posterior.stats and not any("k-hat" in each.name for each in own):
+    bounded = posterior.elbo is not None or "log_q" in posterior.stats
+    if bounded and not any("k-hat" in each.name for each in own):
         missing["k-hat of q"] = (
-            "it takes the log density of all rows at each draw: rows came from a loader or are "
-            "drawn by the model's plate, or are too many; or q holds a site at one value, and "
-            "leaves out all that this site adds to a width."
+            "it takes the log densities of q and of all rows at each draw: rows came from a loader "
+            "or are drawn by the model's plate, or are too many; or q has no density, draws "
+            "something for each row, or holds a site at one value, and leaves out all that this "
+            "site adds to a width."
         )
     rows = "" if looked is None else f"; {looked.name} at {len(looked.rows.unique())} rows"
     title = f"{posterior.method!r}: {markup.runs(chains, draws)}{rows}"

@@ -272,6 +272,12 @@ def test_a_collapse_and_a_runaway_are_told():
     assert found["spread of attention.0.weights"].doubtful
 
 
+def test_a_bound_without_a_k_hat_says_so(fits, name):
+    """Attention is drawn anew for each row, so that no importance weights tell of q."""
+    missing = fits[name].diagnose().missing
+    assert ("k-hat of q" in missing) == (fits[name].elbo is not None) == (name == "contextual")
+
+
 class Largest(TorchDispatchMode):
     """Keeps the number of entries of the largest tensor that is made inside."""
 
