@@ -468,13 +468,16 @@ class Plateau:
     def trend(self, history: list[float]) -> str:
         """Rising while the last stretch is above the one before by more than the noise, else flat.
 
-        Untold, "", where the noise of minibatches could hide a gain that matters.
+        Untold, "", where the noise of minibatches could hide a gain that matters. What falls
+        beyond noise is flat: a step too long, which a smaller learning rate mends.
         """
         gain, noise, least = self.rise(history)
         if math.isnan(gain):
             return ""
         if gain > max(noise, least):
             return "rising"
+        if gain < -max(_SIGMA * noise, least):
+            return "flat"
         return "" if self.epoch > 1 and noise > _TELLING else "flat"
 
     def late(self, history: list[float]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from pyro.infer.autoguide import (
 import bnn
 from bnn import arguments, contract
 from bnn.handlers import seeded
+from bnn.inference._optimise import Plateau
 from tests.exact import check_expected_prior, check_regression_by_mean_field, gamma_poisson
 
 
@@ -435,6 +436,15 @@ def test_a_net_inside_a_guide_stays_the_callers(regression):
     fits = [bnn.fit(regression.model, regression.x, regression.y, method=method) for _ in range(2)]
     assert torch.equal(net.weight, before)
     assert torch.equal(fits[0].draws["w"], fits[1].draws["w"])
+
+
+def test_a_noisy_objective_that_falls_has_stopped_rising():
+    """On minibatches whose noise hides small gains, flat proves nothing; to fall does."""
+    noise = 100 * torch.randn(2_000, generator=torch.Generator().manual_seed(0))
+    plateau = Plateau(10_000, epoch=2)
+    assert plateau.trend(noise.tolist()) == ""
+    assert plateau.trend((noise + torch.linspace(0, 5_000, 2_000)).tolist()) == "rising"
+    assert plateau.trend((noise - torch.linspace(0, 5_000, 2_000)).tolist()) == "flat"
 
 
 @pytest.mark.parametrize(
