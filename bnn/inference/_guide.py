@@ -96,7 +96,11 @@ class FullRank:
 
 
 class LowRank:
-    """q(z) = N(loc, diag(scale^2) + F F^T), F of rank about sqrt(size) (Ong, Nott, Smith 2018)."""
+    """q(z) = N(loc, diag(scale^2) + F F^T), F of rank about sqrt(size) (Ong, Nott, Smith 2018).
+
+    The leaf is F sqrt(rank) / scale: Adam moves every entry alike, and so the noise that its steps
+    leave in the width does not grow with the rank.
+    """
 
     independent, spreads = False, True
 
@@ -108,11 +112,12 @@ class LowRank:
         self.tensors = {
             "loc": loc.clone(),
             "log_scale": scale.log(),
-            "factor": 0.1 * pattern / math.sqrt(rank),
+            "factor": 0.1 * pattern,
         }
 
     def _factor(self) -> Tensor:
-        return self.tensors["factor"] * self.tensors["log_scale"].exp().detach()[:, None]
+        leaf, scale = self.tensors["factor"], self.tensors["log_scale"].exp().detach()
+        return leaf * scale[:, None] / math.sqrt(leaf.shape[1])
 
     def sample(self, noise: Callable[..., Tensor], count: int) -> tuple[Tensor, Tensor | None]:
         """See `Normal.sample`."""
