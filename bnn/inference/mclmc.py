@@ -9,13 +9,13 @@ scales and mean length are learned in warmup from all chains together and then h
 equally many leapfrogs, so one call of the gradient serves all and none waits or turns back.
 
 Measured on tanh nets, 16 chains, from prior draws, warmup included: least ESS of f at 20 rows (ESS
-of sigma) per 1,000 gradients of all chains. 50 weights: .41 (.39); `NUTS` .17 (.15), ChEES-HMC .29
-(.26) at the best of six settings, MEADS .18 (.17) with its step turned down, the unadjusted form
-from optimised starts (as MILE does) .11 (.10) and biased. 502 weights: 5.1 (6.3), `NUTS` 2.6 (2.8),
-unadjusted from optimised starts 4.8 (2.2); MEADS did not converge. Means agree with NUTS' within
-3.1 Monte Carlo errors, standard deviations within 4 %. Of 3,302 weights one row of f and sigma
-differ between modes that chains seldom leave. benchmarks/README.md has all of it, and ESS a second.
-Scales from Var(z) alone made steps 3 to 6 times shorter.
+of sigma) per 1,000 gradients of all chains. 50 weights: .41 (.39); `NUTS`, aiming at .8, .17 (.15),
+ChEES-HMC .29 (.26) at the best of six settings, MEADS .18 (.17) with its step turned down, the
+unadjusted form from optimised starts (as MILE does) .11 (.10) and biased. 502 weights: 5.1 (6.3),
+`NUTS` 2.6 (2.8), unadjusted from optimised starts 4.8 (2.2); MEADS did not converge. Means agree
+with NUTS' within 3.1 Monte Carlo errors, standard deviations within 4 %. Of 3,302 weights one row
+of f and sigma differ between modes that chains seldom leave. benchmarks/README.md has all of it,
+and ESS a second. Scales from Var(z) alone made steps 3 to 6 times shorter.
 
 `adjusted=False` leaves the Metropolis step out and turns u a little at every leapfrog: Langevin
 dynamics, whose law is exp(-U) up to an error that grows with the step and with d. Neither R-hat nor
