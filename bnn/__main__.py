@@ -16,7 +16,7 @@ from bnn.posterior import Posterior
 
 METHODS: dict[str, Method] = {
     "svi": bnn.SVI(particles=4, learning_rate=0.03),
-    "nuts": bnn.NUTS(chains=4, warmup=300, draws=250),
+    "nuts": bnn.NUTS(chains=4, warmup=300, draws=500),
     "map": bnn.MAP(),
 }
 HIDDEN = 20
