@@ -166,15 +166,19 @@ FRAMES = {
     "truth": ("observed", "predicted", (-3, 3), (-3, 3)),
     "coverage": (*LEVELS, (0, 1), (0, 1)),
     "reliability": (*RIGHT, (0, 1), (0, 1)),
+    "compare": ("log score of a row (nats), ± standard error", "", (-1.1, -0.5), (-0.4, 1.4)),
 }
 
 
-@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize("name", FRAMES)
 def test_labels_and_limits(name):
-    ax = PLOTS[name]()
+    ax = PLOTS[name]() if name in PLOTS else plots.compare(TABLE)
     x, y, *held = FRAMES[name]
+    assert set(FRAMES) >= set(PLOTS)
     assert (ax.get_xlabel(), ax.get_ylabel()) == (x, y)
-    for (low, high), (first, last) in zip((ax.get_xlim(), ax.get_ylim()), held, strict=True):
+    assert (ax.xaxis_inverted(), ax.yaxis_inverted()) == (False, name == "compare")  # best on top
+    limits = sorted(ax.get_xlim()), sorted(ax.get_ylim())
+    for (low, high), (first, last) in zip(limits, held, strict=True):
         assert low <= first < last <= high
         assert high - low < 1.25 * (last - first)
 
