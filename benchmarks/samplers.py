@@ -36,10 +36,10 @@ PEERS = {"warmup": 1_000, "draws": 1_000}  # where the command line names no oth
 REFERENCE = {"chains": 16, "warmup": 1_000, "draws": 4_000, "target": 0.95}
 HEADER = (
     *("", "s total / steady / imports", "ESS f min / f median / sigma", "per total s"),
-    *("per steady s", "speed f min / sigma, best NumPyro = 1", "R-hat f / sigma"),
-    *("divergences", "abs z f / sigma", "sd ratios"),
+    *("per steady s", "speed f min / sigma, best NumPyro = 1", "us a gradient"),
+    *("ESS per 1,000 gradients", "R-hat f / sigma", "divergences", "abs z f / sigma", "sd ratios"),
 )
-Result = tuple[dict[str, Any], int | None]  # draws (chain, draw, *site), divergences
+Result = tuple[dict[str, Any], int | None, float]  # draws (chain, draw, *site); see `run`
 Sample = Callable[[], Result]
 
 
@@ -61,9 +61,10 @@ def bnn_sampler(
         posterior = bnn.fit(
             pyro_model(problem), *torch_data(problem), method=chosen, seed=seed, progress=False
         )
-        divergent = posterior.stats.get("diverging")
+        divergent, steps = (posterior.stats.get(k) for k in ("diverging", "n_steps"))
         count = None if divergent is None else int(divergent.sum())
-        return {k: v.numpy() for k, v in posterior.draws.items()}, count
+        gradients = math.nan if steps is None else float(steps.sum())
+        return {k: v.numpy() for k, v in posterior.draws.items()}, count, gradients
 
     return sample
 
@@ -96,7 +97,7 @@ def pyro_nuts(problem: Problem, seed: int, settings: dict[str, int], cap: float)
             if not kept:
                 raise TimeoutError(f"still in warmup after {cap:g} s") from None
         sites = {k: torch.stack([draw[k] for draw in kept])[None].numpy() for k in kept[0]}
-        return sites, len(divergent)
+        return sites, len(divergent), math.nan
 
     return sample
 
@@ -130,9 +131,11 @@ def numpyro_nuts(
             chain_method=how,
             progress_bar=False,
         )
-        mcmc.run(jax.random.PRNGKey(seed), *jax_data(problem), extra_fields=("diverging",))
+        counted = ("diverging", "num_steps")
+        mcmc.run(jax.random.PRNGKey(seed), *jax_data(problem), extra_fields=counted)
         kept = {k: np.asarray(v) for k, v in mcmc.get_samples(group_by_chain=True).items()}
-        return kept, int(mcmc.get_extra_fields()["diverging"].sum())
+        divergences, gradients = (float(mcmc.get_extra_fields()[k].sum()) for k in counted)
+        return kept, int(divergences), gradients
 
     return sample
 
@@ -156,20 +159,21 @@ def run(
     """One run, in a fresh process.
 
     Returns:
-        seconds, imports (s), divergences, and columns (chain, draw, column): f at the test rows,
-        then sigma.
+        seconds, imports (s), divergences, gradients (of the draws kept, over all chains; NaN where
+        they are not counted), and columns (chain, draw, column): f at the test rows, then sigma.
     """
     problem = PROBLEMS[size]
     start = perf_counter()
     sample = sampler(problem, seed, settings, cap)
     imported = perf_counter()
-    draws, divergences = sample()
+    draws, divergences, gradients = sample()
     seconds = perf_counter() - imported
     f = problem.f(draws, problem.data()[2])
     return {
         "seconds": seconds,
         "imports": imported - start,
         "divergences": divergences,
+        "gradients": gradients,
         "columns": np.concatenate([f, draws["sigma"][..., None]], -1),
     }
 
@@ -220,6 +224,7 @@ def judged(whole: dict[str, Any], few: dict[str, Any], reference: np.ndarray | N
         "ess": np.array([min(ess), statistics.median(ess), ess_sigma]),
         "rhat": (max(spread), spread_sigma),
         "divergences": whole["divergences"],
+        "gradients": whole["gradients"],
         "z": (max(abs(z[:-1])), abs(z[-1])),
         "ratio": (min(ratio), max(ratio)),
     }
@@ -247,6 +252,8 @@ def summary(rows: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
             speed,
             rate(name, 1),
             (speed[0] / best[0], speed[2] / best[2]),
+            (statistics.median(1e6 * run["seconds"][1] / run["gradients"] for run in runs),),
+            over_seeds(statistics.median, (1e3 * r["ess"] / r["gradients"] for r in runs)),
             over_seeds(max, (run["rhat"] for run in runs)),
             (math.nan if None in counts else statistics.median(counts),),
             over_seeds(max, (run["z"] for run in runs)),

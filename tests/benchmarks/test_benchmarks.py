@@ -109,6 +109,19 @@ def test_a_shifted_or_narrow_run_shows():
     np.testing.assert_allclose(ratio, 0.5, atol=0.05)
 
 
+def test_cost_and_worth_of_a_gradient_make_the_steady_speed():
+    columns = np.random.default_rng(0).normal(size=(4, 500, 3))
+    whole = {"columns": columns, "seconds": 12.0, "imports": 1.0, "divergences": 0}
+    judged = samplers.judged(whole | {"gradients": 5e6}, {"seconds": 2.0}, None)
+    (line,) = samplers.summary({"bnn-nuts": [judged]})
+    cells = dict(zip(samplers.HEADER, line, strict=True))
+    assert float(cells["us a gradient"]) == pytest.approx(2)  # 10 s of 5 million
+    worth = [float(each) for each in cells["ESS per 1,000 gradients"].split(" / ")]
+    np.testing.assert_allclose(worth, judged["ess"] / 5e3, rtol=0.01)  # as printed
+    speeds = [float(each) for each in cells["per steady s"].split(" / ")]
+    np.testing.assert_allclose(speeds, np.array(worth) * 1e3 / 2, rtol=0.02)
+
+
 def test_contenders_take_turns_in_both_orders():
     called = []
     contenders = {name: lambda name=name: called.append(name) or 1.0 for name in "AB"}
