@@ -110,19 +110,21 @@ def risk_coverage(
     for curve in named.values():
         style.require(curve, RiskCoverage, "risk_coverage", "bnn.selective.risk_coverage(...)")
     ax = style.axes(ax)
+    ends = [float(curve.risk[-1]) for curve in named.values()]
+    alike = np.allclose(ends, ends[0])  # several scores of one model
     for i, (name, curve) in enumerate(named.items()):
         told = f"{name}: area {curve.area:.3g}" if name else f"area {curve.area:.3g}"
         colour = style.SERIES[i % len(style.SERIES)]
         share, mean = curve.coverage.cpu(), curve.risk.cpu()
         ax.plot(share, mean, lw=1.5, color=colour, label=told)
         ax.plot(share[-1:], mean[-1:], ms=5, clip_on=False, **style.look(i))
-    ax.axhline(
-        float(next(iter(named.values())).risk[-1]),
-        color=style.IDEAL,
-        lw=1,
-        ls="--",
-        label="all rows kept",
-    )
+        if not alike:
+            ax.axhline(ends[i], color=colour, lw=1, ls="--")
+    whole = {"color": style.IDEAL, "lw": 1, "ls": "--", "label": "all rows kept"}
+    if alike:
+        ax.axhline(ends[0], **whole)
+    else:
+        ax.plot([], [], **whole)
     ax.set(
         xlabel="share of rows kept, the surest first",
         ylabel=style.within(f"{risk} of those", unit),

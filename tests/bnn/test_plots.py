@@ -671,6 +671,19 @@ def test_risk_coverage_draws_the_curve_and_tells_its_area():
     assert line_of(ax, "all rows kept")[1] == pytest.approx(1.0)
 
 
+def test_every_model_is_held_against_the_risk_of_all_its_own_rows():
+    worse = risk_coverage([0.1, 0.2, 0.3, 0.4], [2.0, 1.0, 2.0, 3.0])
+    ax = plots.risk_coverage({"a": CURVE, "b": worse})
+    colours = [line.get_color() for line in ax.lines if ": area" in str(line.get_label())]
+    flat = {
+        line.get_color(): line.get_ydata()[0]
+        for line in ax.lines
+        if line.get_linestyle() == "--" and len(line.get_ydata())
+    }
+    assert flat == {colours[0]: 1.0, colours[1]: 2.0}
+    assert not len(line_of(ax, "all rows kept")[0])
+
+
 def finding(name, value, threshold, doubtful):
     told = {"meaning": "Told.", "advice": "Do.", "unlimited": "" if threshold is not None else "so"}
     return Finding(name=name, value=value, threshold=threshold, doubtful=doubtful, **told)
