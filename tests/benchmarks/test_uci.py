@@ -131,6 +131,33 @@ def test_every_method_has_the_same_budget():
         assert one.batch_size == (None if rows == 300 else uci.ROWS)
 
 
+def test_what_took_more_than_the_budget_is_told_and_is_not_the_best(capsys):
+    scores = {"rmse": 1.0, "coverage": 0.9, "seconds": 1.0, "gradients": 1_000}
+    rows = {"MAP": (1_000, -3.0), "SGHMC": (1_200, -2.0), "MCLMC": (3_000, -1.0)}
+    results = [
+        scores | {"name": name, "taken": taken, "log_likelihood": density}
+        for name, (taken, density) in rows.items()
+    ]
+    uci.tell("yacht", results, "yacht")
+    told = capsys.readouterr().out
+    assert "3,000 (3.0 x)" in told
+    assert "1,200 |" in told
+    assert "Best within the budget: SGHMC, -2.000" in told
+    uci.tell("yacht", results[2:], "yacht")
+    assert "Best" not in capsys.readouterr().out
+
+
+def test_a_prior_scale_of_one_set_is_that_sets(folder):
+    rows = uci.split(folder, 0)
+    entry = uci.Entry("MAP", scales={"yacht": 0.01})
+    assert "scale 0.01" in entry.told("yacht", 60, 50)
+    assert f"scale {uci.SCALE}" in entry.told("wine", 60, 50)
+    draws = bnn.prior_predictive(entry.model("yacht", rows), rows.x, draws=20, seed=0).f
+    wide = bnn.prior_predictive(uci.Entry("MAP").model("yacht", rows), rows.x, draws=20, seed=0).f
+    # One scale for all weights: f of weights .01 varies over the rows by less than a tenth.
+    assert draws.std(2).mean() < 0.1 * wide.std(2).mean()
+
+
 def test_an_absent_method_is_left_out_with_the_reason():
     for entry in (uci.Entry("Oracle"), uci.Entry("MAP", {"wisdom": 3})):
         with pytest.raises(uci.Absent, match=r"Oracle|wisdom"):
