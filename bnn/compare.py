@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnn import markup
 from bnn.arguments import check_arguments
-from bnn.calibration import ece, interval_coverage, set_coverage
+from bnn.calibration import ece, interval_coverage, pit_coverage, set_coverage
 from bnn.errors import ApproximationWarning, DataError, ModelError
 from bnn.posterior import Posterior
 
@@ -23,6 +23,7 @@ _LEVELS = torch.linspace(0.05, 0.95, 19)
 _HIGH = 0.7  # of Pareto's k: Vehtari, Gelman, Gabry (2017)
 _LOO = ("loo", "loo_se", "high_k", "max_k")  # beside held-out scores,
 _LOO_ROWS = 1_000  # of so many rows: each costs a millisecond
+_LABELS, _COUNTS, _NUMBERS = "labels", "counts", "numbers"
 
 
 def compare(
@@ -36,10 +37,11 @@ def compare(
       standard error over rows. Of held-out rows; without `data` leave-one-out.
     - `rmse`, units of y, or `accuracy` for labels.
     - `coverage_90`: share of rows inside the central 90 % predictive interval; of labels, in the
-      smallest set that has 90 % of the probability (at least .9 where calibrated: a set can have
-      more).
+      smallest set that has 90 % of the probability (at least .9 where calibrated, and of counts
+      too: a set can have more).
     - `coverage_error`, the mean distance of observed from stated coverage over 19 levels, for
-      numbers; `ece`, expected calibration error of the most probable class, for labels.
+      numbers (by PIT values, so that it is 0 of calibrated counts too); `ece`, expected calibration
+      error of the most probable class, for labels.
     - `loo` and `loo_se`, with `data`: the leave-one-out score of a training row (PSIS), beside the
       held-out one; of at most 1,000 rows, evenly spread. Far apart, the held-out rows are of
       another kind, or the score is too good.
@@ -61,7 +63,10 @@ def compare(
       fits, and favour the more flexible one.
     - `elbo` of other models, methods or data: each bound has a gap of its own. Of one model, one
       method and the same data the larger bound is the better approximation.
-    - `log_evidence` of other data. Of other models it compares, each with the error of its method.
+    - `log_evidence` of other data, or of a method's own random sites beside that of weights. Of
+      other models it compares, each with the error of its method.
+    - densities of numbers beside probabilities of counts or labels: log scores, evidence, and
+      `coverage_90` of intervals beside that of sets of labels.
 
     Args:
         posteriors: by name.
@@ -101,13 +106,14 @@ def compare(
             "compare them. Pass held-out data: compare({...}, data=(x_test, y_test))."
         )
     lost: dict[str, str] = {}
-    rows = {name: _row(name, posterior, data, lost) for name, posterior in posteriors.items()}
+    kinds: dict[str, str] = {}
+    rows = {name: _row(name, each, data, lost, kinds) for name, each in posteriors.items()}
     table = pandas.DataFrame.from_dict(rows, orient="index")
     table.index.name = "held out" if data is not None else "leave one out"
     some = [k for k in (*_LOO, "elbo", "log_evidence") if k in table]
     absent = [k for k in some if bool(table[k].isna().all())]
     table = table.drop(columns=absent).sort_values("log_score", ascending=False)
-    return _marked(table, posteriors, lost, in_sample=data is None)
+    return _marked(table, posteriors, lost, kinds, in_sample=data is None)
 
 
 @cache
@@ -142,9 +148,16 @@ def _reasons(table: "pandas.DataFrame") -> list[str]:
 
 
 def _row(
-    name: str, posterior: Posterior, data: Sequence[Any] | None, lost: dict[str, str]
+    name: str,
+    posterior: Posterior,
+    data: Sequence[Any] | None,
+    lost: dict[str, str],
+    kinds: dict[str, str],
 ) -> dict[str, float]:
-    """The numbers of a posterior; `lost` is told why there is no leave-one-out score."""
+    """The numbers of a posterior.
+
+    `lost` is told why there is no leave-one-out score, `kinds` what y is to its model.
+    """
     from bnn.export import loo
 
     if data is None:
@@ -182,12 +195,16 @@ def _row(
     if prediction.probs is not None:
         row["accuracy"] = float((prediction.probs.argmax(-1) == y).double().mean())
         row["coverage_90"] = float(set_coverage(prediction.probs, y, LEVEL))
+        kinds[name] = _LABELS
         row["ece"] = ece(prediction.probs, y)
     else:
+        drawn = prediction.outcomes
         row["rmse"] = _rmse(prediction.mean, y)
-        row["coverage_90"] = float(interval_coverage(prediction.outcomes, y, LEVEL))
-        observed = interval_coverage(prediction.outcomes, y, _LEVELS).cpu()
-        row["coverage_error"] = float((observed - _LEVELS).abs().mean())
+        row["coverage_90"] = float(interval_coverage(drawn, y, LEVEL))
+        row["coverage_error"] = float(
+            (pit_coverage(drawn, y, _LEVELS).cpu() - _LEVELS).abs().mean()
+        )
+        kinds[name] = _COUNTS if bool((drawn == drawn.round()).all()) else _NUMBERS
     row |= extra
     row["elbo"] = math.nan if posterior.elbo is None else posterior.elbo
     row["log_evidence"] = math.nan if posterior.log_evidence is None else posterior.log_evidence
@@ -203,6 +220,7 @@ def _marked(
     table: "pandas.DataFrame",
     posteriors: Mapping[str, Posterior],
     lost: Mapping[str, str],
+    kinds: Mapping[str, str],
     *,
     in_sample: bool,
 ) -> "pandas.DataFrame":
@@ -237,14 +255,21 @@ def _marked(
         for column in ("rmse", "accuracy", "coverage_90", "coverage_error", "ece"):
             mark(column, everything, "is in-sample, and favours the more flexible model")
     for column, aspects, reason in (
-        ("elbo", tuple(_ASPECTS), "bounds with gaps of their own"),
+        ("elbo", ("model", "method", "observations", "inputs"), "bounds with gaps of their own"),
         ("log_evidence", ("observations", "inputs"), "evidence of other data"),
+        ("log_evidence", ("what the method adds",), "evidence of other sites"),
     ):
         names = [name for name, each in posteriors.items() if getattr(each, column) is not None]
         some = [posteriors[name] for name in names]
         apart = [aspect for aspect in aspects if some and not _same(some, aspect)]
         if apart:
             mark(column, names, f"{reason}: they differ in {', '.join(apart)}")
+    if len(found := set(kinds.values())) > 1:
+        if _NUMBERS in found:
+            for column in ("log_score", "loo", "log_evidence"):
+                mark(column, everything, "a density of numbers beside a probability")
+        if _LABELS in found:
+            mark("coverage_90", everything, "of intervals beside sets of labels")
     if why:
         table["not_comparable"] = [", ".join(marks[name]) for name in table.index]
     made = _table_kind()(table)
@@ -257,6 +282,7 @@ _ASPECTS: dict[str, Callable[[Posterior], Any]] = {
     "method": lambda posterior: type(posterior.method),
     "observations": lambda posterior: posterior.data.observations,
     "inputs": lambda posterior: posterior.data.inputs,
+    "what the method adds": lambda posterior: posterior.method.adds_sites,
 }
 
 

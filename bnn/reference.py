@@ -86,6 +86,8 @@ def reference(posterior: Posterior, *inputs: Any, against: Posterior) -> "pandas
         raise DataError("against holds one draw, which no distance can be taken from. Pass more.")
     rows = inputs or default_rows(posterior)
     first, second = (each.predict(*rows) for each in (posterior, against))
+    if not first.f.shape[2]:
+        raise DataError("The inputs have no rows, so there is nothing to compare. Pass some.")
     if (first.probs is None) != (second.probs is None) or first.f.shape[2:] != second.f.shape[2:]:
         raise DataError(
             f"The posteriors speak of different things: f has shape {tuple(first.f.shape[2:])} at "

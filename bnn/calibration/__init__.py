@@ -1,7 +1,7 @@
 """Calibration: do stated probabilities come true? Functions of arrays; no posterior in sight.
 
 labels          `ece`, `reliability`, `set_coverage`, `brier`, `brier_decomposition`, `nll`
-numbers         `interval_coverage`, `sharpness`, `pit`, `loo_pit`, `crps`
+numbers         `interval_coverage`, `pit_coverage`, `sharpness`, `pit`, `loo_pit`, `crps`
 both            `log_score`, `joint_log_score` with `dyadic`
 PIT and ranks   `uniformity`
 recalibration   `temperature`, `isotonic`, `quantiles`: fitted to held-out rows, then called
@@ -24,7 +24,14 @@ from bnn.calibration.labels import (
     reliability,
     set_coverage,
 )
-from bnn.calibration.numbers import crps, interval_coverage, loo_pit, pit, sharpness
+from bnn.calibration.numbers import (
+    crps,
+    interval_coverage,
+    loo_pit,
+    pit,
+    pit_coverage,
+    sharpness,
+)
 from bnn.calibration.recalibration import (
     Isotonic,
     Quantiles,
@@ -55,6 +62,7 @@ __all__ = [
     "loo_pit",
     "nll",
     "pit",
+    "pit_coverage",
     "quantiles",
     "reliability",
     "set_coverage",

@@ -319,21 +319,26 @@ def _indicator(labels: Tensor, probs: Tensor) -> Tensor:
 
 
 def _edges(stated: Tensor, bins: int, equal: str) -> Tensor:
-    """Upper ends of the bins, in the dtype of the probabilities: 0.3 is on the edge 3/10."""
+    """Upper ends of the bins: of equal mass the quantiles, in float64.
+
+    Of equal width they have the dtype of the probabilities: a float32 0.3 is on the edge 3/10.
+    """
     if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
         raise DataError(f"bins is {bins!r}. Pass a whole number of at least 1.")
-    parts = torch.arange(1, bins + 1, device=stated.device)
+    shares = torch.arange(1, bins + 1, device=stated.device).double() / bins
     if equal == "width":
-        return (parts.double() / bins).to(stated.dtype)
-    if equal == "mass":
-        last = (parts * len(stated)).div(bins, rounding_mode="floor").clamp(min=1) - 1
-        return stated.sort().values[last]  # the same edge twice: an empty bin
+        return shares.to(stated.dtype)
+    if equal == "mass":  # torch.quantile takes at most 2^24 rows
+        ordered, at = stated.double().sort().values, shares * (len(stated) - 1)
+        below = at.floor().long()
+        above = (below + 1).clamp(max=len(stated) - 1)
+        return ordered[below].lerp(ordered[above], at - below)  # one edge twice: an empty bin
     raise DataError(f'equal is {equal!r}. Pass "width" or "mass".')
 
 
 def _place(stated: Tensor, edges: Tensor) -> Tensor:
     """The bin of each row: the first whose upper end is not below its probability."""
-    return torch.bucketize(stated.contiguous(), edges).clamp(max=len(edges) - 1)
+    return torch.bucketize(stated.to(edges.dtype).contiguous(), edges).clamp(max=len(edges) - 1)
 
 
 def _sums(stated: Tensor, came: Tensor, edges: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Predictions of numbers: coverage and width of intervals, PIT, CRPS.
 
 y_draws are predictive draws, (chain, draw, row, *) or (draw, row, *), such as
-`prediction.outcomes`; y the observations, (row, *). The same functions serve counts.
+`prediction.outcomes`; y the observations, (row, *). The same functions serve counts; intervals of
+these hold more than they say, and `pit_coverage` tells whether they are calibrated.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ _CELLS = 2**22  # draws x rows sorted at once; torch.quantile takes at most 2**2
 def interval_coverage(y_draws: Any, y: Any, level: float | Tensor) -> Tensor:
     """Share of observations inside the central interval of their predictive draws.
 
-    A calibrated prediction gives coverage equal to the level.
+    A calibrated prediction gives coverage equal to the level; one of counts gives more, since whole
+    numbers cannot leave out just the rest: see `pit_coverage`.
 
     Args:
         y_draws: predictive draws, (chain, draw, row, *) or (draw, row, *); same units as y.
@@ -46,6 +48,38 @@ def interval_coverage(y_draws: Any, y: Any, level: float | Tensor) -> Tensor:
         return (truth >= lower) & (truth <= upper)
 
     return _of_intervals(y_draws, y, level, inside)
+
+
+def pit_coverage(y_draws: Any, y: Any, level: float | Tensor, *, seed: int = 0) -> Tensor:
+    """Share of observations whose PIT value lies in the central part of 0..1 of this length.
+
+    A calibrated prediction gives the level, one of counts too: see `pit`. Of continuous numbers it
+    is `interval_coverage` up to the distance between two draws.
+
+    Args:
+        y_draws: predictive draws, (chain, draw, row, *) or (draw, row, *); same units as y.
+        y: observations, (row, *).
+        level: nominal probability, or several, (level,), in (0, 1).
+        seed: of the random part among ties.
+
+    Returns:
+        Observed share for each level, dimensionless.
+
+    Raises:
+        DataError: as `interval_coverage`.
+
+    References:
+        Czado, Gneiting, Held (2009), Predictive model assessment for count data.
+
+    Example:
+        >>> draws, y = torch.arange(4.0)[:, None].expand(4, 200), torch.arange(200) % 4
+        >>> interval_coverage(draws, y, 0.5), pit_coverage(draws, y, 0.5).round(decimals=1)
+        (tensor(0.5000), tensor(0.5000))
+    """
+    levels = probability(level)
+    apart = (2 * pit(y_draws, y, seed=seed).double() - 1).abs().flatten()
+    inside = apart <= levels.to(apart.device)[..., None]
+    return inside.double().mean(-1).to(torch.get_default_dtype())
 
 
 def sharpness(y_draws: Any, level: float | Tensor = 0.9) -> Tensor:

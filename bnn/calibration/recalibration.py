@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.arrays import classified, finite, labels_of, pooled, probabilities
+from bnn.arrays import classified, finite, labels_of, pooled, probabilities, tensor
 from bnn.calibration.numbers import pit
 from bnn.errors import ApproximationWarning, DataError
 
@@ -32,9 +32,8 @@ class Temperature:
     temperature: float
 
     def __call__(self, logits: Any) -> Tensor:
-        """Probabilities (row, class) of logits (row, class)."""
-        logits = finite(logits, "logits")
-        return (logits / self.temperature).softmax(-1)
+        """Probabilities (row, class) of logits (row, class); -inf stays impossible."""
+        return (_logits(logits) / self.temperature).softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,18 +111,28 @@ class Quantiles:
         return torch.empty_like(draws).scatter_(0, rank, moved).reshape(y_draws.shape)
 
 
+def _logits(logits: Any) -> Tensor:
+    """As they came; of a row some may be -inf, and not all."""
+    logits = tensor(logits, "logits")
+    finite(logits.masked_fill(logits.isneginf(), 0.0), "logits")
+    if logits.ndim and bool(logits.isneginf().all(-1).any()):
+        raise DataError("logits has a row of -inf: no class can be. Leave such rows out.")
+    return logits
+
+
 def temperature(logits: Any, labels: Any) -> Temperature:
     """The temperature under which held-out labels are most probable.
 
     It keeps the order of the classes, and so the accuracy.
 
     Args:
-        logits: held out, (row, class); of a posterior's mixture `prediction.probs.log()`.
+        logits: held out, (row, class); of a posterior's mixture `prediction.probs.log()`. -inf is a
+            class that cannot be, at any temperature.
         labels: class indices, (row,).
 
     Raises:
-        DataError: as `ece`; the largest logit is always right, or logits tell less than nothing,
-            so that no temperature is the best.
+        DataError: as `ece`; a label whose logit is -inf; the largest logit is always right, or
+            logits tell less than nothing, so that no temperature is the best.
 
     References:
         Guo, Pleiss, Sun, Weinberger (2017), On calibration of modern neural networks.
@@ -134,18 +143,25 @@ def temperature(logits: Any, labels: Any) -> Temperature:
         >>> rule(logits)[0]
         tensor([0.6667, 0.3333])
     """
-    logits = finite(logits, "logits").double()
+    logits = _logits(logits).double()
     if logits.ndim < 2 or logits.shape[-1] < 2:
         raise DataError(f"logits has shape {tuple(logits.shape)}. Pass (row, class).")
     labels = labels_of(labels, logits.shape[-1], logits.shape[:-1]).to(logits.device)
     logits = logits.flatten(0, -2)
     logits = logits - logits.max(-1, keepdim=True).values
-    true = logits.gather(-1, labels.flatten()[:, None]).mean()
+    impossible = logits.isneginf()
+    told = logits.gather(-1, labels.flatten()[:, None])
+    if bool(told.isneginf().any()):
+        raise DataError(
+            f"{int(told.isneginf().sum())} held-out labels are of a class whose logit is -inf: it "
+            "has probability 0 at every temperature. Clamp the probabilities above 0."
+        )
+    true, logits = told.mean(), logits.masked_fill(impossible, 0.0)
 
     def slope(log_inverse: float) -> float:
         """Derivative of the NLL by 1 / temperature, increasing in it."""
-        weights = (logits * np.exp(log_inverse)).softmax(-1)
-        return float((weights * logits).sum(-1).mean() - true)
+        scaled = (logits * np.exp(log_inverse)).masked_fill(impossible, -torch.inf)
+        return float((scaled.softmax(-1) * logits).sum(-1).mean() - true)
 
     if true == 0:
         raise DataError(

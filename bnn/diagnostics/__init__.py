@@ -65,11 +65,13 @@ def diagnose(posterior: "Posterior", *inputs: Any) -> Report:
     bounded = posterior.elbo is not None or "log_q" in posterior.stats
     if bounded and not any("k-hat" in each.name for each in own):
         missing["k-hat of q"] = (
-            "it takes the log densities of q and of all rows at each draw: rows came from a loader "
-            "or are drawn by the model's plate, or are too many; or q has no density, draws "
-            "something for each row, or holds a site at one value, and leaves out all that this "
-            "site adds to a width."
+            "it takes the log densities of q and of all rows at a hundred draws or more: there are "
+            "fewer (raise draws), or rows came from a loader, are drawn by the model's plate, or "
+            "are too many; or q has no density, draws something for each row, or holds a site at "
+            "one value, and leaves out all that this site adds to a width."
         )
+    if not posterior.complete:
+        missing["the rest of the fit"] = "it was stopped: all of this is of what there was by then."
     rows = "" if looked is None else f"; {looked.name} at {len(looked.rows.unique())} rows"
     title = f"{posterior.method!r}: {markup.runs(chains, draws)}{rows}"
     return Report(
@@ -93,6 +95,13 @@ def _found(
         try:
             found += collapse.since_prior(posterior, looked, worth, quick=quick)
         except Exception as error:  # of the model, where its prior takes it: the rest can be told
-            missing["distance from the prior"] = f"{type(error).__name__} at a draw of it: {error}"
+            missing[collapse.MOVED] = f"{type(error).__name__} at a draw of it: {error}"
+        if worth < collapse.TELLING and not any(
+            each.name == collapse.MOVED for each in found if each
+        ):
+            missing[collapse.MOVED] = (
+                f"the draws are worth {worth:.0f} independent ones, and with fewer than "
+                f"{collapse.TELLING} chance alone makes a distance. Raise draws, or members."
+            )
     found.append(collapse.minibatches(posterior))
     return [each for each in found if each is not None]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnn.posterior import Posterior
 
 _EVEN = SequentialSampler | RandomSampler | SubsetRandomSampler  # each of their rows alike
-SPREAD = "spread of f"
+SPREAD, MOVED = "spread of f", "distance from the prior"
 _POINT = 1e-4  # of the predictive sd: the doubt that 10^8 rows leave, and float32 resolves
 _PRIOR_DRAWS = 200
 _QUICK_DRAWS = (20, 60, 200)  # at a fit: more only where fewer cannot tell
@@ -28,7 +28,7 @@ _FEWEST = 20  # draws: the law of fewer is not seen
 _WEIGHTS = 10_000  # of larger nets fewer draws are looked at: a few seconds
 _QUICK_ROWS = 200  # at a fit: rows,
 _QUICK_NUMBERS = 10_000_000  # and weights x draws of the prior, .1 s
-_TELLING = 100  # draws: with fewer chance alone gives a distance of .2 of 1, which is no prior
+TELLING = 100  # draws: with fewer chance alone gives a distance of .2 of 1, which is no prior
 _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63) = .01
 
 
@@ -83,7 +83,7 @@ def since_prior(
     if quick:
         most = _QUICK_NUMBERS // max(sites.size, 1)
         worth = 0.0 if most < _PRIOR_DRAWS or posterior.method.is_point else worth
-        if most < _FEWEST or (worth < _TELLING and posterior.elbo is None):
+        if most < _FEWEST or (worth < TELLING and posterior.elbo is None):
             return []
     latent: dict[str, Tensor] = {}
     for draws in _QUICK_DRAWS if quick else (_PRIOR_DRAWS,):
@@ -106,13 +106,13 @@ def against_prior(before: Prediction, after: Prediction, worth: float) -> Findin
     """
     f = after.f.flatten(2).flatten(0, 1).double()
     count = min(worth, len(f))
-    if before.f.shape[2:] != after.f.shape[2:] or count < _TELLING:
+    if before.f.shape[2:] != after.f.shape[2:] or count < TELLING:
         return None
     distance = float(kolmogorov(f, before.f.flatten(2).flatten(0, 1).double()).mean())
     limit = _CERTAIN * math.sqrt(1 / count + 1 / before.f.shape[1])
     same = distance < limit
     return Finding(
-        name="distance from the prior",
+        name=MOVED,
         value=distance,
         threshold=limit,
         doubtful=same,

@@ -18,6 +18,7 @@ RHAT_LIMIT = 1.01  # the same, of four chains; see `rhat_limit`
 BFMI_LIMIT = 0.3  # Betancourt (2016); Stan's check
 SATURATED = 0.05  # share of trajectories: more, and the draws cost more than they should
 STILL = "chains that never moved"
+NOISE = "sigma"
 _ENTRIES = 1_000  # of all weights: as many are looked at
 
 
@@ -267,17 +268,19 @@ def sampled(posterior: "Posterior") -> bool:
 
 
 def scalars(posterior: "Posterior") -> tuple[str, ...]:
-    """Global sites of one number, such as a noise scale; entries of larger sites are weights.
+    """Global sites of one number, and the noise scale; entries of other sites are weights.
 
-    A weight of a net that was written as a number of its own counts as well, but only up to its
-    sign where its sign is all that chains disagree about: see `of_scalars`.
+    The noise scale is "sigma" of `bnn.models`, one number for each output of a row, and outputs do
+    not swap. A weight of a net that was written as a number of its own counts as well, but only up
+    to its sign where its sign is all that chains disagree about: see `of_scalars`.
     """
     known = posterior.sites.latent
-    return tuple(k for k in posterior.sites.globals if k in posterior.draws and not known[k].shape)
+    one = lambda k: k == NOISE or math.prod(known[k].shape) == 1
+    return tuple(k for k in posterior.sites.globals if k in posterior.draws and one(k))
 
 
 def of_scalars(posterior: "Posterior", agreed: bool) -> dict[str, Tensor]:
-    """Values of the identified numbers by name, (chain, draw) each; the log density is one.
+    """The identified numbers by name, (chain, draw, entry) each; the log density is one.
 
     Args:
         posterior: of a sampler.
@@ -288,9 +291,10 @@ def of_scalars(posterior: "Posterior", agreed: bool) -> dict[str, Tensor]:
     values = {k: posterior.draws[k].double() for k in scalars(posterior)}
     if "lp" in posterior.stats:
         values["log density"] = posterior.stats["lp"].double()
+    values = {k: each.reshape(*each.shape[:2], -1) for k, each in values.items()}
     for name, each in list(values.items()):
         if agreed and bool((each < 0).any()):
-            plain, turned = (float(rhat(x[..., None])) for x in (each, each.abs()))
+            plain, turned = (float(rhat(x).max()) for x in (each, each.abs()))
             if plain > rhat_limit(len(each)) >= turned:
                 values[f"|{name}|"] = values.pop(name).abs()
     return values
@@ -298,8 +302,9 @@ def of_scalars(posterior: "Posterior", agreed: bool) -> dict[str, Tensor]:
 
 def of_weights(posterior: "Posterior") -> Finding | None:
     """R-hat of what is not identified: told, and never doubtful."""
-    names = [k for k in posterior.sites.globals if posterior.sites.latent[k].shape]
-    parts = [posterior.draws[k].flatten(2) for k in names if k in posterior.draws]
+    known = scalars(posterior)
+    names = [k for k in posterior.sites.globals if k in posterior.draws and k not in known]
+    parts = [posterior.draws[k].flatten(2) for k in names]
     if not parts:
         return None
     flat = torch.cat([each.double() for each in parts], -1)
@@ -347,9 +352,11 @@ def of_chains(posterior: "Posterior", looked: Looked | None) -> list[Finding]:
             agreed = not finding.doubtful
             found += [finding, *of_ess(looked.name, values)]
     for name, each in of_scalars(posterior, agreed).items():
-        value = float(rhat(each[..., None]))
-        if not math.isnan(value):
-            found += [of_rhat(name, value, chains), *of_ess(name, each[..., None])]
+        values = rhat(each)
+        told = ~values.isnan()
+        if told.any():
+            value = float(values[told].max())
+            found += [of_rhat(name, value, chains), *of_ess(name, each[..., told])]
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnn.data import take
-from bnn.errors import ModelError
+from bnn.errors import DataError, ModelError
 from bnn.prediction import Prediction
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def look(
     sites, data = posterior.sites, posterior.data
     if inputs:
         prediction = posterior.predict(*inputs, draws=draws)
+        if not prediction.f.shape[2]:
+            raise DataError("The rows to look at are none. Pass rows, or nothing: training rows.")
         return _of(prediction, torch.arange(prediction.f.shape[2]))
     have = len(data.observations)
     spread = torch.linspace(0, have - 1, min(rows, have)).round().long()

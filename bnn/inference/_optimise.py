@@ -117,7 +117,17 @@ def of_climb(settings: Optimised, posterior: "Posterior") -> list[Finding]:
         gain, limit = plateau.late(history)
         rising = gain > limit
     if math.isnan(gain):
-        return []
+        return [
+            Finding(
+                name="steps",
+                value=float(len(history)),
+                threshold=None,
+                unlimited="too few to tell",
+                doubtful=False,
+                meaning="Of so short a history nobody can tell whether the objective still rose.",
+                advice=f"Raise steps (now {settings.steps}).",
+            )
+        ]
     return [
         Finding(
             name="rise of the objective",

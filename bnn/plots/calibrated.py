@@ -18,6 +18,7 @@ from bnn.simulation import SBC
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_SHORT = 12  # characters of a name for which a corner has room
 _POINTS = 50  # at which the distribution of PIT values is looked at
 
 
@@ -30,8 +31,9 @@ def coverage(
 ) -> "Axes":
     """Observed share of rows inside central intervals, at every level; calibrated is diagonal.
 
-    The grey band holds 95 % of calibrated predictions of this many independent rows (binomial);
-    outputs of one row count as one, so that it is no narrower than chance where they go together.
+    By PIT values, so that calibrated counts are on the diagonal too. The grey band holds 95 % of
+    calibrated predictions of this many independent rows (binomial); outputs of one row count as
+    one, so that it is no narrower than chance where they go together.
 
     Args:
         predictions: one, or several by name.
@@ -53,7 +55,7 @@ def coverage(
         style.numbers_only(prediction, "coverage", "reliability")
     levels = torch.linspace(0.05, 0.95, 19)
     shares = {
-        name: calibration.interval_coverage(prediction.outcomes, observed, levels).cpu()
+        name: calibration.pit_coverage(prediction.outcomes, observed, levels).cpu()
         for name, prediction in named.items()
     }
     ax = style.axes(ax)
@@ -84,7 +86,7 @@ def _legend_in_the_empty_corner(ax: "Axes", shares: Mapping[str, Tensor], levels
     """Above the diagonal where the curves lie below it, and the other way round."""
     above = max(float((share - levels).max()) for share in shares.values())
     below = max(float((levels - share).max()) for share in shares.values())
-    if min(above, below) > 0.25 or len(shares) > 4:
+    if min(above, below) > 0.25 or len(shares) > 4 or max(map(len, shares)) > _SHORT:
         style.legend_below(ax)
         return
     corner = "upper left" if above <= below else "lower right"
@@ -296,7 +298,8 @@ def reliability(
         ylim=(0, 1.05),
     )
     least = min(float(curve.stated.min()) for curve in curves.values())
-    if least < (0.4 if band == "rows" else 0.5) or len(curves) > 4:
+    wide = len(curves) > 4 or max(map(len, curves)) > _SHORT
+    if wide or least < (0.4 if band == "rows" else 0.5):
         style.legend_below(ax)
     else:
         ax.legend(loc="upper left", frameon=False, fontsize="small")

@@ -75,6 +75,41 @@ def test_distances_of_labels():
     assert sure["coverage"] == approx(0.6)
 
 
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_scores_of_a_gaussian_predictive():
+    """Draws of y ~ N(.3, .5): log density in closed form, and 90 % intervals of .3 +- .822."""
+    y = np.array([0.3, 0.3 + 0.7, 0.3 + 0.95, 0.3 - 0.7, 0.3 - 0.95], dtype=np.float32)
+    found = scorecard.scores(at(normal, y, a=[0.3]), X, y)
+    squares = (2 * 0.7**2 + 2 * 0.95**2) / 5
+    exact = 0.5 * math.log(2 * math.pi * 0.25) + squares / (2 * 0.25)
+    assert found["nll"] == pytest.approx(exact, abs=1e-5)
+    assert found["coverage"] == pytest.approx(0.6)
+
+
+def test_quality_is_of_the_worst_row():
+    noise = np.random.default_rng(0).normal(size=(4, 500, 3))
+    noise[0, :, 1] += 1.0  # chains part at one row
+
+    class Posterior:
+        def predict(self, x):
+            return argparse.Namespace(f=torch.tensor(noise))
+
+    found = scorecard.quality(Posterior(), X)
+    assert found["rhat"] > 1.05
+    assert found["ess"] < 200
+
+
+def test_a_run_tells_what_the_fit_warned_of():
+    problem = scorecard.PROBLEMS["line"]
+    x, y, *_ = problem.split()
+    short = bnn.MAP(steps=60, draws=1)
+    with pytest.warns(bnn.ConvergenceWarning):
+        against = bnn.fit(problem.model(), x, y, method=short, progress=False)
+    found = scorecard.run(problem, short, against, 0)
+    assert found["warned"] == ["ConvergenceWarning"]
+    assert found["seconds"] > 0
+
+
 @pytest.mark.parametrize("name", scorecard.PROBLEMS)
 def test_problems_are_fixed_and_of_the_stated_shape(name):
     problem = scorecard.PROBLEMS[name]

@@ -238,6 +238,64 @@ def test_the_table_says_where_a_column_does_not_compare(fits):
     assert "log_evidence" not in table.attrs["not_comparable"]
 
 
+def counted(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Poisson((x @ w).exp()), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.DataWarning")
+def test_probabilities_of_counts_and_labels_do_not_compare_with_densities():
+    y = (X[:, 0] > 0).float()
+    method = bnn.SVI(steps=200, draws=100)
+    numbers, counts = (bnn.fit(each, X, y, method=method) for each in (model, counted))
+    binary = bnn.fit(binary_model, X, y, method=method)
+    table = bnn.compare({"numbers": numbers, "counts": counts}, data=(X, y))
+    assert "probability" in table.attrs["not_comparable"]["log_score"]
+    assert "coverage_90" not in table.attrs["not_comparable"]
+    assert all("log_score" in marked.split(", ") for marked in table["not_comparable"])
+    table = bnn.compare({"counts": counts, "labels": binary}, data=(X, y))
+    assert "log_score" not in table.attrs["not_comparable"]
+    assert "sets of labels" in table.attrs["not_comparable"]["coverage_90"]
+    table = bnn.compare({"labels": binary, "the same": binary}, data=(X, y))
+    assert {"log_score", "coverage_90"}.isdisjoint(table.attrs["not_comparable"])
+
+
+def binary_model(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def test_the_right_model_of_counts_has_the_least_coverage_error():
+    x = torch.zeros(400, 2)
+    y = torch.poisson(torch.full((400,), 0.3), generator=torch.Generator().manual_seed(0))
+
+    def rate(x, y=None, shift=0.0):
+        a = pyro.sample("a", dist.Normal(math.log(0.3), 0.01))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Poisson((a + shift).exp().expand(len(x))), obs=y)
+
+    method = bnn.SVI(steps=100, draws=400)
+    right = bnn.fit(rate, x, y, method=method)
+    high = bnn.fit(lambda x, y=None: rate(x, y, shift=2.0), x, y, method=method)
+    error = bnn.compare({"right": right, "high": high}, data=(x, y))["coverage_error"]
+    assert error["right"] < 0.03 < 0.1 < error["high"]
+
+
+def test_evidence_of_masks_is_not_that_of_weights():
+    net = bnn.models.mlp_regression(2, (4,))
+    fits = {
+        "laplace": bnn.fit(net, X, Y, method=bnn.Laplace(steps=800, draws=50)),
+        "masks": bnn.fit(net, X, Y, method=bnn.GFlowOut(steps=100, draws=50)),
+    }
+    table = bnn.compare(fits | {"more masks": fits["masks"]}, data=HELD_OUT)
+    assert "what the method adds" in table.attrs["not_comparable"]["log_evidence"]
+    assert all("log_evidence" in marked.split(", ") for marked in table["not_comparable"])
+    table = bnn.compare({"one": fits["masks"], "two": fits["masks"]}, data=HELD_OUT)
+    assert "log_evidence" not in table.attrs["not_comparable"]
+
+
 @pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
 def test_leave_one_out_says_what_is_in_sample(fits):
     mode = bnn.fit(model, X, Y, method=bnn.MAP(steps=200, draws=10))

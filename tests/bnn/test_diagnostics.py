@@ -185,6 +185,46 @@ def test_a_scalar_apart_is_found(healthy):
     assert "R-hat of log density" in {each.name for each in report.doubtful}
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_noise_scale_of_each_output_is_a_scalar(outputs):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([outputs]).to_event(1))
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0).expand([outputs]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x * w, sigma).to_event(1), obs=y)
+
+    x = torch.linspace(-1, 1, 20)[:, None]
+    noise = torch.randn(20, outputs, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.ones(1, outputs) + 0.1 * noise
+    posterior = fit(model, x, y, method=bnn.NUTS(chains=4, draws=300))
+    assert named(posterior.diagnose())["R-hat of sigma"].value < 1.05
+    sigma = posterior.draws["sigma"].clone()
+    sigma[0, ..., -1:] += 5 * sigma.std()
+    found = named(replace(posterior, draws=posterior.draws | {"sigma": sigma}).diagnose())
+    assert found["R-hat of sigma"].doubtful
+    assert found["R-hat of sigma"].value > 1.3
+
+
+def test_a_report_says_what_so_little_cannot_tell():
+    exact = Regression.make()
+    few = fit(exact.model, exact.x, exact.y, method=bnn.SVI(steps=300, draws=50))
+    report = few.diagnose()
+    assert "raise draws" in report.missing["k-hat of q"]
+    assert "worth 50 independent ones" in report.missing["distance from the prior"]
+    assert "the rest of the fit" not in report.missing
+    short = replace(few, history=few.history[:10], complete=False).diagnose()
+    assert named(short)["steps"].value == 10
+    assert named(short)["steps"].unlimited == "too few to tell"
+    assert "stopped" in short.missing["the rest of the fit"]
+
+
+def test_no_rows_cannot_be_looked_at(healthy):
+    with pytest.raises(bnn.DataError, match="rows to look at are none"):
+        healthy.diagnose(torch.zeros(0, *healthy.data.inputs[0].shape[1:]))
+    with pytest.raises(bnn.DataError, match="no rows"):
+        bnn.reference(healthy, torch.zeros(0, *healthy.data.inputs[0].shape[1:]), against=healthy)
+
+
 def test_draws_too_few_for_rhat_do_not_pass_for_healthy(healthy):
     first = lambda values: {k: v[:, :3] for k, v in values.items()}
     report = replace(healthy, draws=first(healthy.draws), stats=first(healthy.stats)).diagnose()
@@ -200,6 +240,9 @@ def test_draws_too_few_for_rhat_do_not_pass_for_healthy(healthy):
     ],
 )
 def test_statistics_of_the_sampler_are_judged(healthy, name, stat, finding):
+    """At limits of the literature: Betancourt (2016), Stan; no divergence is to be passed over."""
+    limits = {"divergences": 0.0, "E-BFMI": 0.3, "tree depth": 0.05}
+    assert named(healthy.diagnose())[finding].threshold == limits[finding]
     assert not named(healthy.diagnose())[finding].doubtful
     ill = replace(healthy, stats=healthy.stats | {name: stat(healthy.stats[name])})
     assert [each.name for each in ill.diagnose().doubtful] == [finding]

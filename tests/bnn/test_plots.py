@@ -203,6 +203,9 @@ def test_truth_counts_the_rows_inside_the_interval():
     bars = np.concatenate([np.array(c.get_segments()) for c in ax.collections[::2]])
     bars = bars[bars[:, 0, 0].argsort()]  # (row, end, x or y)
     np.testing.assert_allclose(bars[:, :, 1], np.stack([lower, upper], -1), rtol=1e-6)
+    ends = [min(float(Y.min()), float(lower.min())), max(float(Y.max()), float(upper.max()))]
+    x, y = line_of(ax, "prediction = truth")
+    assert x.tolist() == y.tolist() == pytest.approx(ends)
 
 
 def test_coverage_draws_the_observed_shares():
@@ -211,6 +214,23 @@ def test_coverage_draws_the_observed_shares():
     for level, share in zip(*line.get_data(), strict=True):
         lower, upper = numbers().interval(float(level))
         assert share == pytest.approx(((Y >= lower) & (Y <= upper)).float().mean().item(), abs=0.03)
+    assert [each.tolist() for each in line_of(ax, "calibrated")] == [[0, 1], [0, 1]]
+    level, lower, upper = area(ax, 0)
+    half = 1.96 * np.sqrt(level * (1 - level) / ROWS)  # binomial, 95 %
+    assert upper == pytest.approx(np.minimum(level + half, 1), abs=1e-6)
+    assert lower == pytest.approx(np.maximum(level - half, 0), abs=1e-6)
+
+
+def test_calibrated_counts_lie_on_the_diagonal():
+    """Draws of the law itself: intervals of whole numbers hold up to .36 more than they say."""
+    generator = torch.Generator().manual_seed(0)
+    rate = torch.full((1, 300, 2_000), 0.3)
+    y, drawn = torch.poisson(rate[0, 0], generator=generator), torch.poisson(rate, generator)
+    mean = drawn.mean((0, 1))
+    made = Prediction(f=rate, y=drawn, mean=mean, aleatoric=mean, epistemic=0 * mean)
+    level, share = line_of(plots.coverage(made, y), "observed")
+    # Four binomial errors of 2,000 rows: 300 draws place a PIT value within less than that.
+    assert (abs(share - level) < 4 * np.sqrt(level * (1 - level) / 2_000)).all()
 
 
 def test_the_band_of_chance_counts_rows_not_outputs():
@@ -238,6 +258,7 @@ def test_reliability_draws_the_share_of_right_labels():
     (segments,) = (c.get_segments() for c in ax.containers[0].lines[2])
     assert segments[0][:, 1] == pytest.approx([curve.lower.item(), curve.upper.item()])
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 1.02), (0, 1.05))
+    assert [each.tolist() for each in line_of(ax, "calibrated")] == [[0, 1], [0, 1]]
 
 
 def logits():
@@ -355,18 +376,32 @@ def test_another_type_is_refused_with_what_to_pass(call, match):
         call()
 
 
-def test_no_legend_covers_data():
+def named(*names):
+    """Plots whose legend may stand in a corner, with names as users give them."""
+    sure = Prediction(**vars(labels()) | {"probs": torch.eye(3)[LABELS] * 0.98 + 0.02 / 3})
+    return {
+        "coverage": lambda: plots.coverage(dict.fromkeys(names, numbers()), Y),
+        "reliability": lambda: plots.reliability(dict.fromkeys(names, sure), LABELS),
+    }
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [PLOTS, named("a", "b"), named(*(f"RandomizedPriors, {k} members" for k in (5, 10, 20, 40)))],
+    ids=["short", "sure", "long"],
+)
+def test_no_legend_covers_data(drawn):
     """It lies below the axes, or in a corner that no curve of the plot can reach."""
-    for name, draw in PLOTS.items():
+    for name, draw in drawn.items():
         ax = draw()
         ax.figure.canvas.draw()
         box, frame = ax.get_legend().get_window_extent(), ax.get_window_extent()
         inside = box.y1 > frame.y0
         assert not inside or name in ("coverage", "reliability"), name
         if inside:
-            points = np.concatenate(
-                [ax.transData.transform(v.get_xydata()) for v in ax.get_lines()]
-            )
+            bars = [s for c in ax.collections for s in getattr(c, "get_segments", list)()]
+            points = [*(v.get_xydata() for v in ax.get_lines()), *bars]
+            points = ax.transData.transform(np.concatenate(points))
             assert not any(box.contains(*point) for point in points), name
 
 
@@ -401,6 +436,8 @@ def test_band_draws_the_mean_and_both_intervals_along_x():
         to_hex(_style.tint(plots.ALEATORIC)),
         to_hex(_style.tint(plots.EPISTEMIC)),
     ]
+    x, y = line_of(ax, f"data, {ROWS} rows")
+    assert sorted(zip(x, y, strict=True)) == sorted(zip(X.tolist(), Y.tolist(), strict=True))
 
 
 def test_band_of_few_members_is_that_of_the_mixtures_variance():
@@ -440,6 +477,10 @@ def test_decomposition_stacks_the_parts():
     assert between == pytest.approx(aleatoric)
     assert top == pytest.approx(total)
     assert ax.get_ylim()[0] == 0
+    assert [to_hex(c.get_facecolor()[0]) for c in ax.collections] == [
+        to_hex(_style.tint(plots.ALEATORIC)),
+        to_hex(_style.tint(plots.EPISTEMIC)),
+    ]
 
 
 def test_decomposition_of_rows_without_an_order_sorts_them():
@@ -510,6 +551,10 @@ def test_history_shows_the_late_steps():
     assert -130 < low < -105
     assert -10 < high < 0
     assert line_of(ax, "a")[1][-200] == pytest.approx(float(HISTORY[-200]), abs=0.1)
+    noisy = HISTORY + torch.randn(500, generator=torch.Generator().manual_seed(0))
+    raw, middle = plots.history(noisy).get_lines()
+    assert raw.get_ydata() == pytest.approx(noisy.numpy())
+    assert abs(middle.get_ydata() - HISTORY.numpy())[100:-20].max() < 2  # of noise with sd 1
     ax = plots.history([-5.0, float("-inf"), -4.0])
     assert ax.get_legend() is None
     assert ax.get_lines()[-1].get_ydata().tolist() == [-5.0, -4.0]
@@ -633,6 +678,8 @@ def test_compare_puts_the_best_on_top():
     assert bars.lines[0].get_xdata().tolist() == [-0.5, -1.0]
     (segments,) = (c.get_segments() for c in bars.lines[2])
     assert [s[:, 0].tolist() for s in segments] == [[-0.5, -0.5], pytest.approx([-1.1, -0.9])]
+    (best,) = [v.get_xdata() for v in ax.get_lines() if v.get_linestyle() == "--"]
+    assert list(best) == [-0.5, -0.5]
 
 
 def test_compare_marks_what_does_not_compare():
@@ -730,6 +777,10 @@ def test_diagnose_puts_what_is_doubtful_beyond_the_limit():
     assert ax.get_title() == "3 doubtful"
     assert [text.get_text() for text in ax.texts][1] == "50 (limit 400)"
     assert ax.get_xlim()[0] < min(beyond) < max(beyond) < ax.get_xlim()[1]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("beyond its limit (times)", "")
+    (grey,) = ax.patches
+    assert grey.get_extents().transformed(ax.transData.inverted()).x0 == pytest.approx(1)
+    assert grey.get_extents().transformed(ax.transData.inverted()).x1 == ax.get_xlim()[1]
     with pytest.raises(DataError, match="no finding with a limit"):
         plots.diagnose(replace(REPORT, findings=REPORT.findings[:1]))
     with pytest.raises(TypeError, match=r"posterior.diagnose\(\)"):

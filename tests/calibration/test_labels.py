@@ -111,9 +111,10 @@ def test_debiasing_leaves_an_error_far_above_its_scatter():
     assert ece(probs, labels, debiased=True) == pytest.approx(0.49, abs=1e-6)
 
 
+@pytest.mark.parametrize("rows", [7, 99, 500, 501, 777])
 @pytest.mark.parametrize("strategy", ["uniform", "quantile"])
-def test_curve_agrees_with_scikit_learn(strategy):
-    probs, labels = sample(classes=2)
+def test_curve_agrees_with_scikit_learn(strategy, rows):
+    probs, labels = sample(rows, classes=2)
     observed, stated = calibration_curve(labels, probs[:, 1], n_bins=10, strategy=strategy)
     equal = {"uniform": "width", "quantile": "mass"}[strategy]
     curve = reliability(probs, labels, label=1, bins=10, equal=equal)

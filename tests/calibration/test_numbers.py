@@ -8,7 +8,15 @@ import torch
 from scipy import stats
 
 import bnn
-from bnn.calibration import crps, interval_coverage, loo_pit, numbers, pit, sharpness
+from bnn.calibration import (
+    crps,
+    interval_coverage,
+    loo_pit,
+    numbers,
+    pit,
+    pit_coverage,
+    sharpness,
+)
 
 EVENLY = torch.linspace(0, 1, 101).reshape(1, 101, 1)  # the central 90 % is [.05, .95]
 
@@ -67,6 +75,28 @@ def test_coverage_of_a_gaussian_is_the_closed_form(scale):
     found = interval_coverage(scale * np.repeat(evenly[:, None], 2_000, 1), evenly, levels)
     exact = 2 * stats.norm.cdf(scale * stats.norm.ppf((1 + levels) / 2)) - 1
     assert found.numpy() == pytest.approx(exact, abs=2 / 2_000)
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.5, 5.0])
+def test_coverage_by_pit_is_that_of_counts_too(rate):
+    """Draws of the law itself, 3,000 rows; intervals of whole numbers hold more than they say."""
+    generator = torch.Generator().manual_seed(1)
+    rates = torch.full((300, 3_000), rate)
+    draws, y = torch.poisson(rates, generator), torch.poisson(rates[0], generator)
+    levels = torch.linspace(0.05, 0.95, 19)
+    found, held = pit_coverage(draws, y, levels), interval_coverage(draws, y, levels)
+    # 4 binomial errors of 3,000 rows; 300 draws move a PIT value by less than that
+    assert ((found - levels).abs() < 4 * (levels * (1 - levels) / 3_000).sqrt()).all()
+    assert (held - levels).abs().mean() > 0.1
+    assert pit_coverage(draws, y, 0.5).shape == ()
+    assert (pit_coverage(draws, y + 3, 0.9) < 0.7).all()
+
+
+def test_coverage_by_pit_of_numbers_is_that_of_intervals():
+    draws, y = draws_of((400, 500)), draws_of(500, 1)
+    levels = torch.linspace(0.05, 0.95, 19)
+    found, held = pit_coverage(draws, y, levels), interval_coverage(draws, y, levels)
+    assert (found - held).abs().max() < 0.02  # ends between the same two draws, of 400
 
 
 def test_rows_are_taken_in_blocks(monkeypatch):

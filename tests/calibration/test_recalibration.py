@@ -41,6 +41,16 @@ def test_temperature_is_the_best_of_a_grid_and_undoes_a_factor():
     assert shifted.temperature == pytest.approx(fitted.temperature, rel=1e-6)
 
 
+def test_a_class_that_cannot_be_is_as_good_as_left_out():
+    some = TRUE[:400].clone()
+    excluded = (LABELS[:400] + 1) % some.shape[1]
+    far = some.scatter(1, excluded[:, None], -1e9)
+    none = some.scatter(1, excluded[:, None], -math.inf)
+    fitted = temperature(none, LABELS[:400])
+    assert fitted.temperature == pytest.approx(temperature(far, LABELS[:400]).temperature, rel=1e-6)
+    assert (fitted(none).gather(1, excluded[:, None]) == 0).all()
+
+
 def test_temperature_makes_new_rows_calibrated():
     logits = 3 * TRUE
     fitted = temperature(logits[HALF[0]], LABELS[HALF[0]])
@@ -59,7 +69,9 @@ def test_temperature_makes_new_rows_calibrated():
         ([[2.0, 0.0], [0.0, 1.0]], [0, 1], "largest logit"),
         ([[2.0, 0.0], [2.0, 1.0]], [1, 1], "no more of the held-out labels than chance"),
         ([[0.0, 0.0], [1.0, 1.0]], [0, 1], "largest logit"),
-        ([[1.0, -math.inf]], [0], "logits has infinite values"),
+        ([[1.0, math.inf]], [0], "logits has infinite values"),
+        ([[1.0, -math.inf], [1.0, 0.0]], [1, 0], "1 held-out labels are of a class .* -inf"),
+        ([[-math.inf, -math.inf]], [0], "a row of -inf"),
         ([1.0, 2.0], [0, 1], r"logits has shape \(2,\)"),
         ([[1.0, 2.0]], [2], "no class"),
     ],
