@@ -268,14 +268,14 @@ def sampled(posterior: "Posterior") -> bool:
 
 
 def scalars(posterior: "Posterior") -> tuple[str, ...]:
-    """Global sites of one number, and the noise scale; entries of other sites are weights.
+    """Global sites of shape (), and the noise scale; entries of other sites are weights.
 
     The noise scale is "sigma" of `bnn.models`, one number for each output of a row, and outputs do
     not swap. A weight of a net that was written as a number of its own counts as well, but only up
     to its sign where its sign is all that chains disagree about: see `of_scalars`.
     """
     known = posterior.sites.latent
-    one = lambda k: k == NOISE or math.prod(known[k].shape) == 1
+    one = lambda k: k == NOISE or not known[k].shape  # (1,) is a net's last bias too
     return tuple(k for k in posterior.sites.globals if k in posterior.draws and one(k))
 
 
