@@ -143,7 +143,7 @@ class Entry:
         beside: the published row that its log-likelihood is compared with.
         tuned: settings of one set alone, chosen like the noise on rows held out of its training
             rows, where the published row was tuned too.
-        scales: of the prior of a set where not `SCALE`, chosen so where the published row fits it.
+        scales: of the prior of a set where not `SCALE`, chosen like `tuned`; two are `ByLayer`'s.
     """
 
     name: str
@@ -152,7 +152,7 @@ class Entry:
     noise: Mapping[str, str] = field(default_factory=lambda: PREDICTED)
     beside: str = ""
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
+    scales: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
 
     def method(self, name: str, rows: int, gradients: int) -> Any:
         """The method on a set, within a budget of so many gradients.
@@ -176,11 +176,12 @@ class Entry:
         """The model of a set, in the units of the training rows."""
         from bnn.models import likelihoods, mlp_regression, priors
 
+        scale = self.scales.get(name, SCALE)
         return mlp_regression(
             rows.x.shape[1],
             (50,),
             activation=ACTIVATION,
-            prior=priors.Normal(scale=self.scales.get(name, SCALE)),
+            prior=ByLayer(*scale) if isinstance(scale, tuple) else priors.Normal(scale=scale),
             likelihood=likelihoods.Gaussian(self.noise[name]),
             standardize=(rows.x, rows.y),
         )
@@ -190,6 +191,27 @@ class Entry:
         scale = self.scales.get(name, SCALE)
         model = f"{ACTIVATION}, scale {scale}, noise {self.noise[name]}"
         return f"{self.method(name, rows, gradients)!r}; {model}"
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """Normal of the fan-in, wider in the hidden layer and at the output that is the mean.
+
+    The output that is the noise keeps the fan-in: as wide, it is noise of any size a priori.
+    """
+
+    hidden: float
+    mean: float
+
+    def __call__(self, name: str, parameter: Any, module: Any) -> Any:
+        from pyro.distributions import Normal
+
+        scale = parameter.new_ones(parameter.shape)
+        if parameter.ndim > 1:
+            scale /= math.sqrt(parameter.shape[1])
+            rows = slice(None) if name == "layers.0.weight" else 0
+            scale[rows] *= self.hidden if name == "layers.0.weight" else self.mean
+        return Normal(0.0, scale).to_event(parameter.ndim)
 
 
 class Absent(Exception):
@@ -206,6 +228,7 @@ _GLM = {"predictive": "linearized"}
 _SWAG = {"steps": 0.5, "collection": 0.5}
 _SGHMC = {"warmup": 0.25, "steps": 0.75}
 _NUTS = {"warmup": 0.4 / 31, "draws": 0.6 / 31}  # a trajectory of depth 5 has 31 gradients
+_WIDE = {"concrete": (2.0, 3.0)}  # a mean that can follow y a priori
 _MCLMC = {"warmup": 0.3 / 40, "draws": 0.7 / 40}  # one has 20 or more, as it learns
 METHODS = {
     "MAP": Entry("MAP", {"draws": 200}, noise=POINTS),
@@ -233,9 +256,11 @@ METHODS = {
         "SVI", {"guide": "normal", "estimator": "local"}, beside="MFVI", scales={"concrete": 0.5}
     ),
     "SVI, low_rank": Entry("SVI", {"guide": "low_rank"}),
-    "SGHMC": Entry("SGHMC", {"chains": 4}, shares=_SGHMC),
-    "MCLMC": Entry("MCLMC", {"chains": 4}, shares=_MCLMC, beside="HMC ?"),
-    "NUTS": Entry("NUTS", {"chains": 4, "max_tree_depth": 5}, shares=_NUTS, beside="HMC ?"),
+    "SGHMC": Entry("SGHMC", {"chains": 4}, shares=_SGHMC, scales=_WIDE),
+    "MCLMC": Entry("MCLMC", {"chains": 4}, shares=_MCLMC, beside="HMC ?", scales=_WIDE),
+    "NUTS": Entry(
+        "NUTS", {"chains": 4, "max_tree_depth": 5}, shares=_NUTS, beside="HMC ?", scales=_WIDE
+    ),
 }
 
 

@@ -158,6 +158,19 @@ def test_a_prior_scale_of_one_set_is_that_sets(folder):
     assert draws.std(2).mean() < 0.1 * wide.std(2).mean()
 
 
+def test_a_prior_by_layer_is_wider_where_it_says():
+    parameter = {name: torch.zeros(shape) for name, shape in (("0", (50, 8)), ("1", (2, 50)))}
+    hidden, last = (
+        uci.ByLayer(2.0, 3.0)(f"layers.{name}.weight", each, None).stddev
+        for name, each in parameter.items()
+    )
+    assert torch.allclose(hidden, torch.tensor(2 / math.sqrt(8)))
+    assert torch.allclose(last[0], torch.tensor(3 / math.sqrt(50)))
+    assert torch.allclose(last[1], torch.tensor(1 / math.sqrt(50)))  # the noise
+    bias = uci.ByLayer(2.0, 3.0)("layers.0.bias", torch.zeros(50), None)
+    assert torch.equal(bias.stddev, torch.ones(50))
+
+
 def test_an_absent_method_is_left_out_with_the_reason():
     for entry in (uci.Entry("Oracle"), uci.Entry("MAP", {"wisdom": 3})):
         with pytest.raises(uci.Absent, match=r"Oracle|wisdom"):
