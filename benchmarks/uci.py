@@ -164,9 +164,9 @@ class Entry:
 
         try:
             made = getattr(bnn, self.name)(**self.settings, **self.tuned.get(name, {}))
-            each = gradients // abreast(made)
+            each = gradients / abreast(made) / dearer(made, rows)
             given = {steps: max(int(share * each), 1) for steps, share in self.shares.items()}
-            if rows > ROWS and "batch_size" in {each.name for each in dataclasses.fields(made)}:
+            if rows > ROWS and hasattr(made, "batch_size"):
                 given["batch_size"] = ROWS
             return dataclasses.replace(made, **given)
         except (AttributeError, TypeError, ValueError) as error:
@@ -222,6 +222,11 @@ def abreast(method: Any) -> int:
     """Gradients that a method takes at every step."""
     sides = ("chains", "members", "restarts", "particles")
     return math.prod(getattr(method, side, 1) for side in sides)
+
+
+def dearer(method: Any, rows: int) -> float:
+    """What a gradient costs in gradients of `ROWS` rows: a method may know no minibatches."""
+    return 1.0 if hasattr(method, "batch_size") else max(1.0, rows / ROWS)
 
 
 _GLM = {"predictive": "linearized"}
@@ -368,13 +373,14 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def taken(posterior: Any, entry: Entry) -> float:
-    """Gradients that a fit took.
+    """Gradients of at most `ROWS` rows that a fit took.
 
     Of samplers that choose their trajectories: as if warmup's were as long as those kept.
     """
     method = posterior.method
     if "n_steps" in posterior.stats:
         each = float(posterior.stats["n_steps"].double().mean())
+        each *= dearer(method, posterior.data.rows)
         return method.chains * (method.warmup + method.draws) * each
     steps = {name: getattr(method, name) for name in entry.shares}
     if posterior.history is not None:
@@ -471,7 +477,8 @@ HEADER = (
 def tell(name: str, results: Iterable[Mapping[str, Any]], title: str) -> None:
     """Prints the table of a set: ours, best first, then the published rows.
 
-    What took more than the budget is told beside its gradients, in budgets, and is not the best.
+    Last, and not the best, are those that refused some splits: the others are the easy ones. What
+    took more than the budget is told beside its gradients, in budgets, and is not the best either.
     """
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -492,13 +499,15 @@ def tell(name: str, results: Iterable[Mapping[str, Any]], title: str) -> None:
         told = f"{taken:,.0f}" + (f" ({budgets:.1f} x)" if method in over else "")
         cells = (str(rmse), str(density), str(coverage), str(len(each)))
         lines.append([method, *cells, told, f"{seconds:.1f}", against])
-    lines.sort(key=lambda line: -ours[line[0]].mean)
+    most = max(map(len, rows.values()))
+    part = {method for method, each in rows.items() if len(each) < most}
+    lines.sort(key=lambda line: (line[0] in part, -ours[line[0]].mean))
     for row, (rmse, density) in theirs.items():
         lines.append([f"*{row}*", str(rmse), str(density), *[""] * 5])
     table(title, HEADER, lines)
-    if not ours.keys() - over:
+    if not (fair := ours.keys() - over - part):
         return
-    best = max(ours.keys() - over, key=lambda method: ours[method].mean)
+    best = max(fair, key=lambda method: ours[method].mean)
     known = {row: density for row, (_, density) in theirs.items() if not math.isnan(density.mean)}
     top = max(known, key=lambda row: known[row].mean)
     print(

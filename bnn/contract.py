@@ -366,7 +366,7 @@ def _check_masks(trace: Any) -> None:
 
 def _log_prior(trace: Any) -> float:
     nodes = _latent(trace).values()
-    return sum(float(node["fn"].log_prob(node["value"]).sum()) for node in nodes)
+    return sum(float(node["fn"].log_prob(node["value"]).sum().detach()) for node in nodes)
 
 
 def _check_parameters(trace: Any) -> None:

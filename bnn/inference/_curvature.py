@@ -89,7 +89,7 @@ def prior_curvature(joint: Joint, s: Tensor, diagonal: bool) -> Tensor:
     ones, other = map(pull, (torch.ones_like(s), probe))
     # H 1 is the diagonal of H where H has nothing else, and then H v = diagonal v for any v
     if torch.allclose(ones * probe, other, rtol=1e-4, atol=1e-6 * float(ones.abs().max() + 1e-30)):
-        return -ones.double()
+        return -ones.detach().double()  # trainable tensors without a prior are no part of it
     return -_hessian(lambda s: joint.prior(s, batch), s, diagonal, len(batch[-1]))
 
 
@@ -98,7 +98,7 @@ def _hessian(function: Callable[[Tensor], Tensor], s: Tensor, diagonal: bool, ro
     pull = transposed(grad(function), s)
     matrix = torch.empty(len(s) if diagonal else (len(s), len(s)), dtype=torch.float64)
     for first, unit in units(len(s), rows, s):
-        columns = each_of(pull, unit)
+        columns = each_of(pull, unit).detach()
         matrix[first : first + len(unit)] = columns.diagonal(first) if diagonal else columns
     return matrix if diagonal else matrix.add_(matrix.T.clone()).div_(2)
 

@@ -109,8 +109,15 @@ def _asked(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, float
     """What a dropout is given, and its rate above 0; None for a call of anything else.
 
     Raises:
-        ModelError: the rate is 1, or the dropout is inside of a larger operation.
+        ModelError: the rate is 1, the dropout is inside of a larger operation, or a batch norm
+            takes its statistics from the rows.
     """
+    if func is functional.batch_norm and (kwargs.get("training") or True in args[5:6]):
+        raise ModelError(
+            "A batch norm of the net computes its statistics from the rows that come together, so "
+            "a row's prediction depends on its neighbours. Call net.eval(), which fixes them: its "
+            "dropout is drawn all the same."
+        )
     if func not in _UNITS and func not in _CHANNELS and func not in _INSIDE:
         return None
     named: dict[str, Any] = dict(zip(("input", "p"), args, strict=False)) | dict(kwargs)

@@ -129,6 +129,8 @@ def test_every_method_has_the_same_budget():
         five = uci.Entry("MAP", {"restarts": 5}).method("yacht", rows, 1_000)
         assert (one.steps, five.steps) == (1_000, 200)
         assert one.batch_size == (None if rows == 300 else uci.ROWS)
+        nuts = uci.Entry("NUTS", shares={"draws": 1.0}).method("yacht", rows, 64_000)
+        assert nuts.draws == 64_000 // 16 // max(1, rows // uci.ROWS)  # of all rows, 16 chains
 
 
 def test_what_took_more_than_the_budget_is_told_and_is_not_the_best(capsys):
@@ -145,6 +147,10 @@ def test_what_took_more_than_the_budget_is_told_and_is_not_the_best(capsys):
     assert "Best within the budget: SGHMC, -2.000" in told
     uci.tell("yacht", results[2:], "yacht")
     assert "Best" not in capsys.readouterr().out
+    uci.tell("yacht", [*results, results[0]], "yacht")  # the others have fewer splits
+    told = capsys.readouterr().out
+    assert "Best within the budget: MAP" in told
+    assert told.index("| MAP") < told.index("| MCLMC") < told.index("| SGHMC")
 
 
 def test_a_prior_scale_of_one_set_is_that_sets(folder):

@@ -695,6 +695,27 @@ def test_a_gradient_that_is_no_number_is_no_mode():
         polish(joint, lambda joint, s: Precision([(torch.arange(1), Diagonal(one))]))
 
 
+@pytest.mark.parametrize("hessian", ["exact", "ggn"])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_a_tensor_without_a_prior_is_held_at_the_mode(hessian, structure):
+    """w ~ N(0, s), y ~ N(w x + b, .3), b and s fitted: 1 / variance = 1 / s^2 + sum x^2 / .09."""
+
+    def offset(x, y=None):
+        b = pyro.param("b", torch.tensor(0.0))
+        s = pyro.param("s", torch.tensor(1.0), constraint=dist.constraints.positive)
+        w = pyro.sample("w", dist.Normal(0.0, s).expand([1]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(pyro.deterministic("f", x @ w + b), 0.3), obs=y)
+
+    x = torch.linspace(-1, 1, 20)[:, None]
+    y = 1.5 * x[:, 0] + 0.4
+    posterior = fit(offset, x, y, hessian=hessian, structure=structure, draws=4_000)
+    found, s = float(posterior.draws["w"].std()), float(posterior.params["s"])
+    exact_sd = (1 / s**2 + float((x**2).sum()) / 0.09) ** -0.5
+    assert found == pytest.approx(exact_sd, rel=4 / math.sqrt(2 * 4_000))  # 4 errors of an sd
+    assert float(posterior.params["b"]) == pytest.approx(0.4, abs=1e-2)
+
+
 def test_a_model_without_latent_sites_is_refused(regression):
     def model(x, y=None):
         w = pyro.param("w", torch.zeros(2))

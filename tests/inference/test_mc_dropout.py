@@ -388,6 +388,36 @@ def test_channels_of_dropout2d_and_batch_norm_in_evaluation_mode():
 # --- what it refuses
 
 
+@pytest.mark.parametrize(("method", "own"), [(bnn.MCDropout, 0.3), (bnn.ConcreteDropout, 0.0)])
+def test_batch_norm_that_couples_rows_is_refused(method, own):
+    """A net of Pyro's own, which `sample_weights` has not looked at."""
+    import pyro.nn as pnn
+
+    class Net(pnn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = pnn.PyroModule[nn.Linear](1, 4)
+            self.layer.weight = pnn.PyroSample(dist.Normal(0.0, 1.0).expand([4, 1]).to_event(2))
+            self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout(own)
+
+        def forward(self, x, y=None):
+            f = self.drop(self.norm(self.layer(x))).sum(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(f, 0.3), obs=y)
+
+    net = Net()
+    x, y = torch.linspace(-1, 1, 20)[:, None], torch.linspace(-1, 1, 20)
+    fit = lambda: bnn.fit(net, x, y, method=method(steps=20, draws=5), progress=False)
+    with pytest.raises(bnn.ModelError, match=r"depends on its neighbours. Call net.eval\(\)"):
+        fit()
+    net.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few steps
+        posterior = fit()
+    some, every = posterior.predict(x[:3]).f, posterior.predict(x).f
+    assert torch.allclose(some, every[..., :3], atol=1e-5)
+
+
 def test_a_rate_beside_own_dropout_is_refused():
     net = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.2), nn.Linear(4, 1))
     with pytest.raises(bnn.ModelError, match=r"drops by itself \(rates 0.2\)"):
