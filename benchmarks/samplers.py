@@ -337,8 +337,7 @@ def main() -> None:
         reference = None
         if args.reference:
             reference = np.load(args.reference / f"{size}.npz")["columns"].astype(float)
-        names = [n for n in args.samplers if n != "pyro-nuts" or size == "S"]
-        measure(size, names, args.seeds, settings, args.cap, reference)
+        measure(size, args.samplers, args.seeds, settings, args.cap, reference)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,9 @@ def approximate(
     Raises:
         Interrupted: the run was stopped with nothing to make a posterior of.
     """
-    work = len(data.observations) * sites.size * method.abreast
+    rows = len(data.observations)
+    at_once = min(rows, getattr(method, "batch_size", None) or rows)
+    work = at_once * sites.size * method.abreast
     whole = Part(
         *(model, data, sites, method, seed_sequence(seed), torch.get_default_dtype(), work),
         folder=run.folder,
@@ -247,7 +249,7 @@ def approximate(
         raise
     if not run.frozen:
         try:
-            with ALONE, threads(work):
+            with ALONE, threads(rows * sites.size):
                 found = diagnostics.at_fit(posterior)
             diagnostics.warn(found)
         except KeyboardInterrupt:

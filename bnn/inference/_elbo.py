@@ -92,7 +92,7 @@ class Bound:
                 asked = dict(zip(given, each, strict=True))
                 return self._terms(one, batch, lambda name, *_: asked[name])
 
-            likelihood, prior = self.energy.batched(terms, z, *given.values())
+            likelihood, prior = self.energy.batched(terms, z, *given.values(), of="particles")
             entropy = self.temperature * self._entropy(z, log_q)
             return likelihood.mean() + weight * (prior.mean() + entropy)
         finally:

@@ -8,6 +8,7 @@ The methods see this function and its gradient, batched over chains or particles
 Pyro; how it is evaluated is decided here.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +21,9 @@ from torch.distributions import ComposeTransform, IndependentTransform
 from torch.func import vmap
 
 from bnn.data import Data, take
-from bnn.errors import FitError, ModelError
+from bnn.errors import FitError, ModelError, PerformanceWarning, outside
 from bnn.handlers import At, Capture, NotFinite, Score, branch, seeded
+from bnn.inference._compile import first_line
 from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
 
@@ -184,23 +186,37 @@ class Energy:
         """The first site with an entry that is not finite in a flat vector."""
         return next((s.name for s in self.slots if not torch.isfinite(z[s.span]).all()), None)
 
-    def batched(self, function: Callable[..., Any], *args: Tensor) -> Any:
+    def batched(self, function: Callable[..., Any], *args: Tensor, of: str = "") -> Any:
         """Lifts a function of one particle over the first axis of its arguments.
 
         Some models cannot be lifted (they branch on values, or draw random numbers in place): those
         are looped over, and so is one alone.
+
+        Args:
+            function: of one particle.
+            *args: of all, (particle, *) each.
+            of: what they are; named, whoever waits for their loop is told of it, once.
         """
         if len(args[0]) == 1:  # each operation costs less where it is not lifted
             one = function(*(a[0] for a in args))
             return one[None] if isinstance(one, Tensor) else tuple(each[None] for each in one)
+        reason = ""
         if self._lifted:
             try:
                 return vmap(function, randomness="different")(*args)
             except (ModelError, FitError):
                 raise
-            except Exception:  # the loop below tells what else is wrong
-                pass
+            except Exception as error:  # the loop below tells what else is wrong
+                reason = first_line(error)
         runs = [function(*(a[i] for a in args)) for i in range(len(args[0]))]
+        if self._lifted and of:
+            warnings.warn(
+                f"The model cannot be run for all {of} in one call ({reason}): they run one after "
+                "the other, to the same law. Write it with tensor operations, without branches on "
+                "values, to make it fast.",
+                PerformanceWarning,
+                stacklevel=outside(),
+            )
         self._lifted = False
         if isinstance(runs[0], Tensor):
             return torch.stack(runs)

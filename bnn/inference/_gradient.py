@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from bnn.chunks import Work
-from bnn.errors import ModelError, PerformanceWarning
+from bnn.errors import ModelError, PerformanceWarning, outside
 from bnn.handlers import branch, generator
 from bnn.inference._compile import compiled, first_line, graph_of, traced, work
 from bnn.inference._energy import Energy
@@ -95,7 +95,7 @@ class Gradient:
                 f"route {self.route!r}, ten times slower or more, to draws of the same law. "
                 "Write it with tensor operations, without branches on values, to make it fast.",
                 PerformanceWarning,
-                stacklevel=5,
+                stacklevel=outside(),
             )
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,20 +136,19 @@ class Gradient:
                 _close(call(p), exact) for p, exact in zip(self._points, self._exact, strict=True)
             )
         except Exception as error:  # a branch on a value, an operation without a trace or code
-            self._reason = first_line(error)
-            if name == "compiled":
-                warnings.warn(
-                    f"The gradient could not be compiled ({self._reason}): it runs by the "
-                    f"slower route {self.route!r}, to draws of the same law. Is there a C++ "
-                    "compiler (g++ or clang) on the path?",
-                    PerformanceWarning,
-                    stacklevel=4,
-                )
-            return False
+            self._reason, agrees = first_line(error), False
+        else:
+            self._reason = "" if agrees else "its graph gives other numbers"
         if agrees:
             self.route, self._call = name, call
-        else:
-            self._reason = "its graph gives other numbers"
+        elif name == "compiled":
+            warnings.warn(
+                f"The gradient could not be compiled ({self._reason}): it runs by the slower route "
+                f"{self.route!r}, to draws of the same law. Is there a C++ compiler (g++ or clang) "
+                "on the path?",
+                PerformanceWarning,
+                stacklevel=outside(),
+            )
         return agrees
 
     def _built(self, name: str) -> Callable[[Tensor], Any]:

@@ -17,6 +17,7 @@ from bnn.errors import CheckpointError
 from bnn.inference import _microcanonical as dynamics
 from bnn.inference._metric import estimated, unit
 from bnn.inference._microcanonical import Array
+from bnn.inference._trajectory import standing
 from bnn.run import Phase
 
 ADJUSTED = ("diverging", "energy_error", "acceptance_rate", "n_steps")
@@ -30,6 +31,11 @@ _FEW = 20  # iterations of warmup below which there is one window
 _LENGTH = 1.25  # of a trajectory, mean, in standard deviations of a scaled coordinate
 _STORED = 2**24  # numbers in the positions that a window keeps
 _GAMMA, _OFFSET, _KAPPA = 0.1, 10.0, 0.75  # dual averaging, as in _trajectory
+
+
+def ready() -> bool:
+    """False while the first steps still have to be made machine code, or read from disk."""
+    return standing(dynamics.kick)
 
 
 class Sampler:

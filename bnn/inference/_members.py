@@ -1,7 +1,9 @@
 """Members: several parameter sets of one model that step together, each on minibatches of its own.
 
 One step of all members is a single call of the model, lifted over them. On nets too small to fill
-the machine that costs little more than one member; on large ones it is no slower than a loop.
+the machine that costs little more than one member; on large ones, compiled, it is no slower than a
+loop (uncompiled it is: .6 times as fast, ten nets of 478,410 weights). A loop is what is left where
+a model cannot be lifted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -81,7 +83,7 @@ class Members:
 
         each = args if self.own else ()
         likelihood, prior = self.energy.batched(
-            one, tensors["mode"], *each, *rows, *self.whole.values()
+            one, tensors["mode"], *each, *rows, *self.whole.values(), of="members"
         )
         return likelihood + weight * prior
 

@@ -141,6 +141,11 @@ def _jit(function: Callable[..., Any]) -> Any:
         return njit(**_OPTIONS)(function)
 
 
+def standing(function: Any) -> bool:
+    """False until a function is machine code in this process, read from disk or made."""
+    return bool(getattr(function, "signatures", True))
+
+
 @_jit
 def _rotated(x, k):
     return (x << np.uint64(k)) | (x >> np.uint64(64 - k))

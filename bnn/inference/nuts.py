@@ -118,8 +118,9 @@ class NUTS(Method):
         lanes = self.abreast
         start = energy.initial(lanes, branch(seed, 0)).cpu().numpy()
         streams = [branch(seed, 2, lane).generate_state(4, np.uint64) for lane in range(lanes)]
-        gradient = Gradient(energy, lanes, branch(seed, 1))
         with bar(self.warmup + self.draws, "NUTS", progress) as shown:
+            shown.set_postfix_str("tracing the model")
+            gradient = Gradient(energy, lanes, branch(seed, 1))
             compiling = _Compiling(gradient, shown, self.warmup + self.draws)
             compiling(_STEPS)
             sampler = Sampler(
@@ -149,12 +150,15 @@ class NUTS(Method):
 
     def _forecast(self, gradient: Gradient, start: np.ndarray) -> str:
         """How long it can take: by trajectories of few steps, and by the longest."""
+        from bnn.inference._trajectory import advance, standing
+
         z, began = torch.from_numpy(start), perf_counter()
         gradient(z)
         each = (perf_counter() - began) * (self.warmup + self.draws)
         most = 2**self.max_tree_depth - 1
         low, high = (tqdm.format_interval(each * n) for n in (min(_STEPS, most), most))
-        return f"{low} to {high} in all"
+        first = "" if standing(advance) else ", and some seconds to compile the sampler"
+        return f"{low} to {high} in all{first}"
 
 
 class _Compiling:

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+import bnn
 from bnn.handlers import At, Capture, Rewrite, Score, threads
 
 X, Y = torch.randn(6, 2), torch.randn(6)
@@ -64,6 +65,29 @@ def test_a_rewritten_seam_is_what_the_program_goes_on_with():
     torch.testing.assert_close(capture.values["f"], X @ AT["w"] + 1)
     torch.testing.assert_close(capture.fn.mean, X @ AT["w"] + 1)
     assert rewrite.met == {"f"}  # w is a site of its own right, not a seam
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+@pytest.mark.parametrize(("particles", "expected"), [(1, 1), (16, 2)])
+def test_threads_are_chosen_by_what_a_step_computes_together(particles, expected):
+    """Of 150,000 rows and 20 weights a step sees 10,000 rows, once or sixteen times."""
+    x, seen = torch.ones(150_000, 20), set()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+        if len(x) == 10_000:
+            seen.add(torch.get_num_threads())
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        method = bnn.SVI(steps=2, draws=5, batch_size=10_000, particles=particles)
+        bnn.fit(model, x, x[:, 0], method=method, progress=False)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {expected}
 
 
 def test_small_work_has_one_thread_large_the_callers_and_both_give_them_back():

@@ -3,6 +3,7 @@
 A faster route that is wrong gives draws that look like draws, so none may be taken unseen.
 """
 
+import importlib
 import warnings
 from functools import partial
 
@@ -454,6 +455,22 @@ def test_without_a_compiler_one_warning_and_the_same_draws(regression, monkeypat
     assert torch.equal(tried.draws["w"], untried.draws["w"])
 
 
+def test_a_compiled_gradient_of_other_numbers_is_dropped_and_told(regression, monkeypatch):
+    def off(graph, *z):
+        run = _compile.traced(graph, *z)
+        return lambda *given: tuple(each + 1.0 for each in run(*given))
+
+    monkeypatch.setattr(_gradient, "_COMPILING", 0.0)
+    monkeypatch.setattr(_gradient, "compiled", off)
+    fit = partial(bnn.fit, regression.model, regression.x, regression.y, method=nuts(), seed=3)
+    with pytest.warns(
+        bnn.PerformanceWarning, match="other numbers.* slower route 'traced'"
+    ) as told:
+        posterior = fit()
+    assert {w.filename for w in told if w.category is bnn.PerformanceWarning} == {__file__}
+    assert_exact(posterior.draws["w"], regression.mean, regression.sd)
+
+
 def test_compiled_draws_are_exact(regression, monkeypatch):
     monkeypatch.setattr(_gradient, "_COMPILING", 0.0)
     taken = []
@@ -483,6 +500,22 @@ def test_a_sampler_says_that_it_compiles(method, regression, monkeypatch, capsys
         warnings.simplefilter("ignore")  # too short to converge
         bnn.fit(regression.model, regression.x, regression.y, method=method(warmup=5, draws=5))
     assert said == [True]
+
+
+@pytest.mark.parametrize("method", [bnn.NUTS, bnn.MCLMC])
+def test_a_sampler_that_is_no_machine_code_yet_says_so(method, regression, monkeypatch, capsys):
+    """And nothing of it where it is; tracing is told before anything else."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    for ready in (False, True):
+        for name in ("_trajectory", "_mclmc"):
+            module = importlib.import_module(f"bnn.inference.{name}")
+            monkeypatch.setattr(module, "standing", lambda function, ready=ready: ready)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # too short to converge
+            bnn.fit(regression.model, regression.x, regression.y, method=method(warmup=5, draws=5))
+        told = capsys.readouterr().err
+        assert "tracing the model" in told
+        assert ("compile the sampler" in told or "compiling the sampler" in told) != ready
 
 
 def test_hasten_decides_by_the_count_alone(monkeypatch):

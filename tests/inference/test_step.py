@@ -215,6 +215,19 @@ def test_what_has_no_fixed_graph_stays_eager_without_a_word(regression, hasty, m
         assert torch.isfinite(posterior.history).all()
 
 
+@pytest.mark.parametrize(
+    "method",
+    [bnn.SVI(particles=4, steps=30, draws=5), bnn.DeepEnsemble(members=3, steps=30)],
+    ids=["particles", "members"],
+)
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_what_cannot_be_lifted_runs_one_by_one_with_a_notice(regression, method):
+    with pytest.warns(bnn.PerformanceWarning, match="one after the other") as told:
+        posterior = bnn.fit(_branching, regression.x, regression.y, method=method)
+    assert [w.filename for w in told if w.category is bnn.PerformanceWarning] == [__file__]
+    assert torch.isfinite(posterior.history).all()
+
+
 def test_a_missing_compiler_is_said_once_and_the_fit_is_right(regression, hasty, monkeypatch):
     monkeypatch.setattr(_step, "compiled", _no_compiler)
     method = bnn.SVI(steps=200, draws=20, schedule="constant")
