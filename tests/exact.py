@@ -351,11 +351,11 @@ def check_regression_by_mc_dropout(rate: float = 0.3, **settings) -> None:
     assert torch.allclose(drawn.var(0), variance, rtol=0.05)
 
 
-def check_rate_by_concrete_dropout(**settings) -> None:
+def check_rate_by_concrete_dropout(**settings) -> float:
     """The rate that minimises J(p), w at its optimum for each p, within .03; J within .3 nats.
 
     J = (|y - X w|^2 + p/(1-p) sum_j w_j^2 |X_j|^2) / (2 sigma^2) + |w|^2 / (2 (1-p)) - n_in H(p).
-    Relaxed masks at temperature .1 move the optimum by .004.
+    Relaxed masks at temperature .1 move the optimum by .004 on these data. Returns the rate.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 5, generator=generator)
@@ -375,6 +375,7 @@ def check_rate_by_concrete_dropout(**settings) -> None:
     assert abs(float(posterior.params["rate.w"] - grid[best.indices])) < 0.03
     constant = 2.5 * math.log(2 * math.pi) + 10 * math.log(18 * math.pi)
     assert abs(-posterior.elbo - constant - float(best.values)) < 0.3
+    return float(posterior.params["rate.w"])
 
 
 def check_regression_by_stochastic_gradient(kind=None, **settings) -> None:

@@ -60,9 +60,9 @@ class Laplace(Optimised):
             likelihood, and the Hessian where the model is linear; or "exact".
         sites: names of the sites that the Gaussian is of, None for all; others stay at the mode.
         predictive: "sampled" runs the model at each draw, "linearized" with f linear in z.
-        tune: sets by maximum evidence a factor of the scale of Normal priors, one for all
-            ("global") or each site ("site"), and noise that is not held; or for named sites alone.
-            The values are in `params`, as "tuned.<site>".
+        tune: sets by maximum evidence (of nets nearly: a fixed point) a factor of the scale of
+            Normal priors, one for all ("global") or each site ("site"), and noise that is not held;
+            or for named sites alone. The values are in `params`, as "tuned.<site>".
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
         memory: gigabytes that the curvature may take.

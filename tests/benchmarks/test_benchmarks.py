@@ -153,3 +153,4 @@ def test_randomized_priors_keep_members_apart_where_no_data_are():
         assert posterior.frames[0].predict(x).f.shape == (1, 40, 100)
     assert all(gaps[name] > 10 * spread[name] for name in methods)
     assert spread["prior, bootstrap"] > spread["prior"]
+    assert gaps["prior"] > gaps["naive"]  # its members would agree there more, were there no prior

@@ -14,9 +14,25 @@ from tests import exact
 from tests.inference.test_mc_dropout import X, Y, masked_of, net_model
 
 
-@pytest.mark.parametrize("initial_rate", [0.05, 0.5])
-def test_the_rate_is_that_of_a_grid(initial_rate):
-    exact.check_rate_by_concrete_dropout(initial_rate=initial_rate)
+def test_the_rate_is_that_of_a_grid_from_either_start():
+    low, high = (exact.check_rate_by_concrete_dropout(initial_rate=rate) for rate in (0.05, 0.5))
+    assert abs(low - high) < 0.02
+
+
+@pytest.mark.slow
+def test_the_rate_falls_with_the_number_of_rows():
+    generator, rates = torch.Generator().manual_seed(0), []
+    for rows in (100, 1_000, 10_000):
+        x = torch.randn(rows, 5, generator=generator)
+        y = x @ torch.linspace(1, -1, 5) + 3 * torch.randn(rows, generator=generator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without doubt at the end, as it has to be
+            method = bnn.ConcreteDropout(steps=4_000)
+            posterior = bnn.fit(exact.line(5, 3.0), x, y, method=method, progress=False)
+        rates.append(float(posterior.params["rate.w"]))
+    assert rates[0] > rates[1] > rates[2]
+    assert rates[0] > 0.01
+    assert rates[2] < 0.005
 
 
 def _bound(net, *data, names, length_scale=None, temperature=0.1, model=None):
