@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import bnn
+from bnn import arguments, contract
+from bnn.handlers import quiet_pyro, seeded
+from bnn.inference._energy import Energy
 from bnn.inference._metric import estimated, unit
 from bnn.inference._nuts import Sampler
 from tests.exact import (
@@ -207,6 +210,36 @@ def test_simplex_site_is_exact():
     exact = dist.Dirichlet(after)
     posterior = bnn.fit(model, y, method=nuts(draws=1_500), seed=7)
     assert_exact(posterior.draws["p"], exact.mean, exact.variance.sqrt())
+
+
+def test_correlations_of_an_lkj_site_are_exact():
+    """LKJ(3, eta=2), which the data say nothing of: (r + 1) / 2 ~ Beta(5/2, 5/2), variance 1/6."""
+
+    def model(y):
+        corr = pyro.sample("L", dist.LKJCholesky(3, torch.tensor(2.0)))
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a + 0.0 * corr.sum(), 1.0), obs=y)
+
+    posterior = bnn.fit(model, torch.zeros(5), method=nuts(draws=1_000), seed=9)
+    corr = posterior.draws["L"] @ posterior.draws["L"].mT
+    below = torch.tril_indices(3, 3, -1)
+    assert_exact(corr[..., below[0], below[1]], 0.0, 6**-0.5)
+
+
+def test_chains_start_finite_apart_and_wider_than_the_posterior(regression):
+    """Else R-hat, which sees chains come together, would mean nothing."""
+    data, sites = contract.check(
+        regression.model, arguments.read(regression.model, (regression.x, regression.y))
+    )
+    seed = np.random.SeedSequence(3)
+    with quiet_pyro(), seeded(seed):
+        energy = Energy(regression.model, data, sites)
+        starts = energy.initial(64, seed)
+        density = torch.stack([energy.log_joint(z, data.tensors) for z in starts])
+    assert density.isfinite().all()
+    assert len(starts.unique(dim=0)) == 64
+    assert (starts.std(0) > 3 * torch.as_tensor(regression.sd)).all()
 
 
 def test_a_chain_does_not_depend_on_how_many_there_are(regression):
