@@ -23,6 +23,7 @@ _LEVELS = torch.linspace(0.05, 0.95, 19)
 _HIGH = 0.7  # of Pareto's k: Vehtari, Gelman, Gabry (2017)
 _LOO = ("loo", "loo_se", "high_k", "max_k")  # beside held-out scores,
 _LOO_ROWS = 1_000  # of so many rows: each costs a millisecond
+_WHOLE = 2.0**23  # from there on every float32 is whole
 _LABELS, _COUNTS, _NUMBERS = "labels", "counts", "numbers"
 
 
@@ -204,7 +205,8 @@ def _row(
         row["coverage_error"] = float(
             (pit_coverage(drawn, y, _LEVELS).cpu() - _LEVELS).abs().mean()
         )
-        kinds[name] = _COUNTS if bool((drawn == drawn.round()).all()) else _NUMBERS
+        whole = bool((drawn == drawn.round()).all()) and float(drawn.abs().max()) < _WHOLE
+        kinds[name] = _COUNTS if whole else _NUMBERS
     row |= extra
     row["elbo"] = math.nan if posterior.elbo is None else posterior.elbo
     row["log_evidence"] = math.nan if posterior.log_evidence is None else posterior.log_evidence
@@ -282,8 +284,16 @@ _ASPECTS: dict[str, Callable[[Posterior], Any]] = {
     "method": lambda posterior: type(posterior.method),
     "observations": lambda posterior: posterior.data.observations,
     "inputs": lambda posterior: posterior.data.inputs,
-    "what the method adds": lambda posterior: posterior.method.adds_sites,
+    "what the method adds": lambda posterior: (
+        posterior.method.adds_sites,
+        *sorted(f"{k} {tuple(v.shape[2:])}" for k, v in _added(posterior).items()),
+    ),
 }
+
+
+def _added(posterior: Posterior) -> dict[str, Tensor]:
+    """Draws of sites that are the method's own."""
+    return {k: v for k, v in posterior.draws.items() if k not in posterior.sites.latent}
 
 
 def _same(posteriors: Iterable[Posterior], aspect: str) -> bool:
@@ -297,4 +307,4 @@ def _equal(a: Any, b: Any) -> bool:
         return isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all())
     if isinstance(a, tuple):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    return a is b
+    return a == b if isinstance(a, str) else a is b

@@ -226,8 +226,7 @@ def approximate(
         Interrupted: the run was stopped with nothing to make a posterior of.
     """
     rows = len(data.observations)
-    at_once = min(rows, getattr(method, "batch_size", None) or rows)
-    work = at_once * sites.size * method.abreast
+    work = method.work(rows, sites.size)
     whole = Part(
         *(model, data, sites, method, seed_sequence(seed), torch.get_default_dtype(), work),
         folder=run.folder,

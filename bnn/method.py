@@ -61,6 +61,13 @@ class Method(ABC):
         """Runs of the model that are computed together: with many, a second thread pays."""
         return 1
 
+    def work(self, rows: int, size: int) -> int:
+        """Multiplications of one call, about: rows x weights x runs computed together.
+
+        Default: of a minibatch. A method that goes over all rows at once as well says so.
+        """
+        return min(rows, getattr(self, "batch_size", None) or rows) * size * self.abreast
+
     @abstractmethod
     def fit(
         self,

@@ -6,6 +6,7 @@ numbers such as a noise scale. Nothing here asks which method it was; a method a
 tell by `Method.findings`.
 """
 
+import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +97,12 @@ def _found(
             found += collapse.since_prior(posterior, looked, worth, quick=quick)
         except Exception as error:  # of the model, where its prior takes it: the rest can be told
             missing[collapse.MOVED] = f"{type(error).__name__} at a draw of it: {error}"
-        if worth < collapse.TELLING and not any(
+        told = collapse.MOVED in missing or any(
             each.name == collapse.MOVED for each in found if each
-        ):
+        )
+        if worth < collapse.TELLING and posterior.sites.predicts and not told:
             missing[collapse.MOVED] = (
-                f"the draws are worth {worth:.0f} independent ones, and with fewer than "
+                f"the draws are worth {math.floor(worth)} independent ones, and with fewer than "
                 f"{collapse.TELLING} chance alone makes a distance. Raise draws, or members."
             )
     found.append(collapse.minibatches(posterior))

@@ -270,12 +270,12 @@ def sampled(posterior: "Posterior") -> bool:
 def scalars(posterior: "Posterior") -> tuple[str, ...]:
     """Global sites of shape (), and the noise scale; entries of other sites are weights.
 
-    The noise scale is "sigma" of `bnn.models`, one number for each output of a row, and outputs do
-    not swap. A weight of a net that was written as a number of its own counts as well, but only up
-    to its sign where its sign is all that chains disagree about: see `of_scalars`.
+    The noise scale is "sigma" where it has one number for each output of a row, as in `bnn.models`:
+    outputs do not swap. A weight of a net that was written as a number of its own counts as well,
+    but only up to its sign where its sign is all that chains disagree about: see `of_scalars`.
     """
-    known = posterior.sites.latent
-    one = lambda k: k == NOISE or not known[k].shape  # (1,) is a net's last bias too
+    known, outputs = posterior.sites.latent, tuple(posterior.data.observations.shape[1:])
+    one = lambda k: known[k].shape in ((), outputs if k == NOISE else ())
     return tuple(k for k in posterior.sites.globals if k in posterior.draws and one(k))
 
 

@@ -137,15 +137,15 @@ class Gradient:
             )
         except Exception as error:  # a branch on a value, an operation without a trace or code
             self._reason, agrees = first_line(error), False
+            cure = " Is there a C++ compiler (g++ or clang) on the path?"
         else:
-            self._reason = "" if agrees else "its graph gives other numbers"
-        if agrees:
-            self.route, self._call = name, call
-        elif name == "compiled":
+            self._reason, cure = "" if agrees else "its graph gives other numbers", ""
+            if agrees:
+                self.route, self._call = name, call
+        if not agrees and name == "compiled":
             warnings.warn(
                 f"The gradient could not be compiled ({self._reason}): it runs by the slower route "
-                f"{self.route!r}, to draws of the same law. Is there a C++ compiler (g++ or clang) "
-                "on the path?",
+                f"{self.route!r}, to draws of the same law.{cure}",
                 PerformanceWarning,
                 stacklevel=outside(),
             )

@@ -17,7 +17,7 @@ from bnn.errors import CheckpointError
 from bnn.inference import _microcanonical as dynamics
 from bnn.inference._metric import estimated, unit
 from bnn.inference._microcanonical import Array
-from bnn.inference._trajectory import standing
+from bnn.inference._trajectory import is_made
 from bnn.run import Phase
 
 ADJUSTED = ("diverging", "energy_error", "acceptance_rate", "n_steps")
@@ -35,7 +35,7 @@ _GAMMA, _OFFSET, _KAPPA = 0.1, 10.0, 0.75  # dual averaging, as in _trajectory
 
 def ready() -> bool:
     """False while the first steps still have to be made machine code, or read from disk."""
-    return standing(dynamics.kick)
+    return is_made(dynamics.kick)
 
 
 class Sampler:

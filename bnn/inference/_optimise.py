@@ -125,7 +125,9 @@ def of_climb(settings: Optimised, posterior: "Posterior") -> list[Finding]:
                 unlimited="too few to tell",
                 doubtful=False,
                 meaning="Of so short a history nobody can tell whether the objective still rose.",
-                advice=f"Raise steps (now {settings.steps}).",
+                advice=f"Raise steps (now {settings.steps})."
+                if posterior.complete
+                else "Let the fit go on to its end.",
             )
         ]
     return [

@@ -113,10 +113,15 @@ def _asked(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, float
             takes its statistics from the rows.
     """
     if func is functional.batch_norm and (kwargs.get("training") or True in args[5:6]):
+        kept = len(args) > 1 and args[1] is not None  # running statistics
         raise ModelError(
             "A batch norm of the net computes its statistics from the rows that come together, so "
-            "a row's prediction depends on its neighbours. Call net.eval(), which fixes them: its "
-            "dropout is drawn all the same."
+            "a row's prediction depends on its neighbours. "
+            + (
+                "Call net.eval(), which fixes them: its dropout is drawn all the same."
+                if kept
+                else "It keeps none (track_running_stats=False): use LayerNorm or GroupNorm."
+            )
         )
     if func not in _UNITS and func not in _CHANNELS and func not in _INSIDE:
         return None

@@ -141,9 +141,9 @@ def _jit(function: Callable[..., Any]) -> Any:
         return njit(**_OPTIONS)(function)
 
 
-def standing(function: Any) -> bool:
-    """False until a function is machine code in this process, read from disk or made."""
-    return bool(getattr(function, "signatures", True))
+def is_made(function: Any) -> bool:
+    """False until a function is machine code in this process, read from disk or compiled."""
+    return bool(function.signatures) if hasattr(function, "py_func") else True  # numba may be off
 
 
 @_jit

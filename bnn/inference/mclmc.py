@@ -13,8 +13,8 @@ of sigma) per 1,000 gradients of all chains. 50 weights: .41 (.39); `NUTS`, aimi
 ChEES-HMC .29 (.26) at the best of six settings, MEADS .18 (.17) with its step turned down, the
 unadjusted form from optimised starts (as MILE does) .11 (.10) and biased. 502 weights: 5.1 (6.3),
 `NUTS` 2.6 (2.8), unadjusted from optimised starts 4.8 (2.2); MEADS did not converge. Means agree
-with those of NUTS and of NumPyro within 3.7 Monte Carlo errors (20 rows and sigma, seven runs),
-standard deviations within 5 %. Of 3,302 weights one row
+with those of NUTS and of NumPyro within 3.7 Monte Carlo errors (the largest of 20 rows and sigma in
+all runs of benchmarks/README.md), standard deviations within 5 %. Of 3,302 weights one row
 of f and sigma differ between modes that chains seldom leave. benchmarks/README.md has all of it,
 and ESS a second. Scales from Var(z) alone made steps 3 to 6 times shorter.
 
@@ -136,7 +136,7 @@ class MCLMC(Method):
                 target=self.target_accept,
                 report=lambda sampler: _show(shown, sampler),
             )
-            shown.set_postfix_str("" if ready() else "compiling the sampler, some seconds")
+            shown.set_postfix_str("" if ready() else "compiling the sampler, or reading it")
             sampler.warm(self.warmup, lambda steps: gradient.hasten(steps * rounds, announce))
             if self.adjusted:
                 z, kept = sampler.draw(self.draws)

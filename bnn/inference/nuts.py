@@ -150,14 +150,14 @@ class NUTS(Method):
 
     def _forecast(self, gradient: Gradient, start: np.ndarray) -> str:
         """How long it can take: by trajectories of few steps, and by the longest."""
-        from bnn.inference._trajectory import advance, standing
+        from bnn.inference._trajectory import advance, is_made
 
         z, began = torch.from_numpy(start), perf_counter()
         gradient(z)
         each = (perf_counter() - began) * (self.warmup + self.draws)
         most = 2**self.max_tree_depth - 1
         low, high = (tqdm.format_interval(each * n) for n in (min(_STEPS, most), most))
-        first = "" if standing(advance) else ", and some seconds to compile the sampler"
+        first = "" if is_made(advance) else ", and seconds to compile the sampler, or read it"
         return f"{low} to {high} in all{first}"
 
 

@@ -86,7 +86,11 @@ def _legend_in_the_empty_corner(ax: "Axes", shares: Mapping[str, Tensor], levels
     """Above the diagonal where the curves lie below it, and the other way round."""
     above = max(float((share - levels).max()) for share in shares.values())
     below = max(float((levels - share).max()) for share in shares.values())
-    if min(above, below) > 0.25 or len(shares) > 4 or max(map(len, shares)) > _SHORT:
+    if (
+        min(above, below) > 0.25
+        or len(shares) > 4
+        or max(len(str(name)) for name in shares) > _SHORT
+    ):
         style.legend_below(ax)
         return
     corner = "upper left" if above <= below else "lower right"
@@ -298,7 +302,7 @@ def reliability(
         ylim=(0, 1.05),
     )
     least = min(float(curve.stated.min()) for curve in curves.values())
-    wide = len(curves) > 4 or max(map(len, curves)) > _SHORT
+    wide = len(curves) > 4 or max(len(str(name)) for name in curves) > _SHORT
     if wide or least < (0.4 if band == "rows" else 0.5):
         style.legend_below(ax)
     else:

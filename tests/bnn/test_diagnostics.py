@@ -205,6 +205,20 @@ def test_a_noise_scale_of_each_output_is_a_scalar(outputs):
     assert found["R-hat of sigma"].value > 1.3
 
 
+def test_a_sigma_of_swapping_parts_is_no_scalar():
+    def model(x, y=None):
+        sigma = pyro.sample("sigma", dist.LogNormal(0.0, 0.3).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            parts = dist.Normal(torch.tensor([-1.0, 1.0]), sigma)
+            pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts), obs=y)
+
+    y = torch.linspace(-2, 2, 20)
+    posterior = fit(model, y, y, method=bnn.NUTS(chains=4, draws=50, warmup=50))
+    found = named(posterior.diagnose())
+    assert "R-hat of sigma" not in found
+    assert "R-hat of weights" in found
+
+
 def test_a_report_says_what_so_little_cannot_tell():
     exact = Regression.make()
     few = fit(exact.model, exact.x, exact.y, method=bnn.SVI(steps=300, draws=50))

@@ -502,6 +502,15 @@ def test_a_sampler_says_that_it_compiles(method, regression, monkeypatch, capsys
     assert said == [True]
 
 
+def test_machine_code_is_known_once_it_was_called():
+    made = importlib.import_module("bnn.inference._trajectory")
+    fresh = made._jit(lambda x: x + 1)
+    assert not made.is_made(fresh)
+    assert fresh(1.0) == 2.0
+    assert made.is_made(fresh)
+    assert made.is_made(lambda x: x)  # no compiler: nothing to wait for
+
+
 @pytest.mark.parametrize("method", [bnn.NUTS, bnn.MCLMC])
 def test_a_sampler_that_is_no_machine_code_yet_says_so(method, regression, monkeypatch, capsys):
     """And nothing of it where it is; tracing is told before anything else."""
@@ -509,7 +518,7 @@ def test_a_sampler_that_is_no_machine_code_yet_says_so(method, regression, monke
     for ready in (False, True):
         for name in ("_trajectory", "_mclmc"):
             module = importlib.import_module(f"bnn.inference.{name}")
-            monkeypatch.setattr(module, "standing", lambda function, ready=ready: ready)
+            monkeypatch.setattr(module, "is_made", lambda function, ready=ready: ready)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # too short to converge
             bnn.fit(regression.model, regression.x, regression.y, method=method(warmup=5, draws=5))
