@@ -35,6 +35,7 @@ class Method(ABC):
     Attributes:
         adds_sites: True for a method whose program states latent sites of its own, so that there
             is something to infer in a model that has none.
+        all_rows: True for a method that, whatever its `batch_size`, has work on all rows together.
         distributes: True for a method all of whose work on rows is steps on minibatches, which
             several processes can share.
 
@@ -49,6 +50,7 @@ class Method(ABC):
     """
 
     adds_sites: ClassVar[bool] = False
+    all_rows: ClassVar[bool] = False
     distributes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -58,15 +60,19 @@ class Method(ABC):
 
     @property
     def abreast(self) -> int:
-        """Runs of the model that are computed together: with many, a second thread pays."""
-        return 1
+        """Runs of the model that are computed together: with many, a second thread pays.
+
+        Default: its particles, or one.
+        """
+        return getattr(self, "particles", 1)
 
     def work(self, rows: int, size: int) -> int:
         """Multiplications of one call, about: rows x weights x runs computed together.
 
-        Default: of a minibatch. A method that goes over all rows at once as well says so.
+        Of a minibatch, unless the method goes over `all_rows` at once as well.
         """
-        return min(rows, getattr(self, "batch_size", None) or rows) * size * self.abreast
+        least = None if self.all_rows else getattr(self, "batch_size", None)
+        return min(rows, least or rows) * size * self.abreast
 
     @abstractmethod
     def fit(

@@ -60,9 +60,9 @@ class Laplace(Optimised):
             likelihood, and the Hessian where the model is linear; or "exact".
         sites: names of the sites that the Gaussian is of, None for all; others stay at the mode.
         predictive: "sampled" runs the model at each draw, "linearized" with f linear in z.
-        tune: sets by maximum evidence (of nets nearly: a fixed point) a factor of the scale of
-            Normal priors, one for all ("global") or each site ("site"), and noise that is not held;
-            or for named sites alone. The values are in `params`, as "tuned.<site>".
+        tune: sets by maximum evidence (of nets nearly) a factor of the scale of Normal priors, one
+            for all ("global") or each site ("site"), and noise that is not held; or for named sites
+            alone. The values are in `params`, as "tuned.<site>".
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
         memory: gigabytes that the curvature may take.
@@ -92,6 +92,7 @@ class Laplace(Optimised):
     memory: float = 4.0
     parts: int = 1
     goes_on: ClassVar[bool] = True
+    all_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,10 +113,6 @@ class Laplace(Optimised):
         ):
             if refused:
                 raise ValueError(f"{self!r}: these settings exclude each other: {why}.")
-
-    def work(self, rows: int, size: int) -> int:
-        """See `Method.work`: after the climb the curvature is of all rows, whatever its steps."""
-        return rows * size
 
     def fit(
         self,

@@ -93,11 +93,6 @@ class SVI(Optimised):
     temperature: float = 1.0
     draws: int = 1_000
 
-    @property
-    def abreast(self) -> int:
-        """See `Method.abreast`."""
-        return self.particles
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("SVI", particles=self.particles, draws=self.draws)

@@ -103,3 +103,10 @@ def test_small_work_has_one_thread_large_the_callers_and_both_give_them_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_work_of_a_method_is_of_what_it_computes_together():
+    assert bnn.MAP(batch_size=100).work(10_000, 30) == 100 * 30
+    assert bnn.MAP().work(10_000, 30) == 10_000 * 30
+    assert bnn.SVI(particles=8, batch_size=100).work(10_000, 30) == 8 * 100 * 30
+    assert bnn.Laplace(batch_size=100).work(10_000, 30) == 10_000 * 30  # its curvature
