@@ -412,7 +412,8 @@ def planned(args: argparse.Namespace) -> list[Job]:
         _, y, tests = _read(folder)
         for method in args.methods:
             try:
-                settings = METHODS[method].told(name, len(y), args.gradients)
+                trained = len(y) - len(tests[0])
+                settings = METHODS[method].told(name, trained, args.gradients)
             except Absent as reason:
                 skipped(f"{name}, {method}", str(reason))
                 continue
