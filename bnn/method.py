@@ -71,8 +71,8 @@ class Method(ABC):
 
         Of a minibatch, unless the method goes over `all_rows` at once as well.
         """
-        least = None if self.all_rows else getattr(self, "batch_size", None)
-        return min(rows, least or rows) * size * self.abreast
+        batch = None if self.all_rows else getattr(self, "batch_size", None)
+        return min(rows, batch or rows) * size * self.abreast
 
     @abstractmethod
     def fit(

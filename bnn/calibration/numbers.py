@@ -72,9 +72,10 @@ def pit_coverage(y_draws: Any, y: Any, level: float | Tensor, *, seed: int = 0) 
         Czado, Gneiting, Held (2009), Predictive model assessment for count data.
 
     Example:
-        >>> draws, y = torch.arange(4.0)[:, None].expand(4, 200), torch.arange(200) % 4
-        >>> interval_coverage(draws, y, 0.5), pit_coverage(draws, y, 0.5).round(decimals=1)
-        (tensor(0.5000), tensor(0.5000))
+        >>> y = torch.arange(400) % 4  # of the numbers 0 to 3 an interval of 90 % holds all
+        >>> draws = y[:, None].expand(400, 400)
+        >>> interval_coverage(draws, y, 0.9), pit_coverage(draws, y, 0.9).round(decimals=1)
+        (tensor(1.), tensor(0.9000))
     """
     levels = probability(level)
     apart = (2 * pit(y_draws, y, seed=seed).double() - 1).abs().flatten()

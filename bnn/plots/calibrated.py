@@ -1,6 +1,6 @@
 """Do stated probabilities come true? Coverage, PIT, reliability, and ranks of simulations."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -82,15 +82,16 @@ def coverage(
     return ax
 
 
+def _fills_a_corner(names: Collection[str]) -> bool:
+    """True of a legend too large to stand inside the axes: of many names, or of long ones."""
+    return len(names) > 4 or max(len(str(name)) for name in names) > _SHORT
+
+
 def _legend_in_the_empty_corner(ax: "Axes", shares: Mapping[str, Tensor], levels: Tensor) -> None:
     """Above the diagonal where the curves lie below it, and the other way round."""
     above = max(float((share - levels).max()) for share in shares.values())
     below = max(float((levels - share).max()) for share in shares.values())
-    if (
-        min(above, below) > 0.25
-        or len(shares) > 4
-        or max(len(str(name)) for name in shares) > _SHORT
-    ):
+    if min(above, below) > 0.25 or _fills_a_corner(shares):
         style.legend_below(ax)
         return
     corner = "upper left" if above <= below else "lower right"
@@ -302,8 +303,7 @@ def reliability(
         ylim=(0, 1.05),
     )
     least = min(float(curve.stated.min()) for curve in curves.values())
-    wide = len(curves) > 4 or max(len(str(name)) for name in curves) > _SHORT
-    if wide or least < (0.4 if band == "rows" else 0.5):
+    if _fills_a_corner(curves) or least < (0.4 if band == "rows" else 0.5):
         style.legend_below(ax)
     else:
         ax.legend(loc="upper left", frameon=False, fontsize="small")
