@@ -34,8 +34,9 @@ class Reliability:
         upper: upper end, (bin,).
 
     Example:
-        >>> reliability([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]], [0, 1, 1], bins=2).count
-        tensor([1, 2])
+        >>> probs = [[0.8, 0.2], [0.8, 0.2], [0.4, 0.6], [0.4, 0.6]]
+        >>> reliability(probs, [0, 1, 1, 1], bins=2).count
+        tensor([2, 2])
     """
 
     stated: Tensor
@@ -158,7 +159,8 @@ def reliability(
         Probable inference, the law of succession, and statistical inference.
 
     Example:
-        >>> curve = reliability([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]], [0, 1, 1], bins=2)
+        >>> probs = [[0.8, 0.2], [0.8, 0.2], [0.4, 0.6], [0.4, 0.6]]
+        >>> curve = reliability(probs, [0, 1, 1, 1], bins=2)  # two rows say 0.8, two 0.6
         >>> curve.stated, curve.observed
         (tensor([0.6000, 0.8000]), tensor([1.0000, 0.5000]))
     """
