@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock, get_ident
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bnn.errors import ModelError
+
+ALONE = RLock()
+"""Held where a model runs: Pyro's effects, generators and torch's settings are the process's."""
 
 
 def is_statement(message: Mapping[str, Any]) -> bool:
@@ -212,15 +216,26 @@ class Capture(Messenger):
 
 @contextmanager
 def quiet_pyro() -> Iterator[None]:
-    """Pyro without argument checks (ours come first), and without its global parameter store."""
-    checks = (
-        torch.distributions.Distribution._validate_args
-    )  # Pyro's switch would set it to its own
-    try:
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+    """Pyro for this thread alone, without argument checks (ours come first) or its global store."""
+    distribution: Any = torch.distributions.Distribution
+    unchecked = pyro.settings.context(validate_infer=False, validate_poutine=False)
+    with ALONE, unchecked, pyro.get_param_store().scope():
+        before = vars(distribution)["_validate_args"]
+        distribution._validate_args = _ChecksElsewhere(distribution._validate_args)
+        try:
             yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(checks)
+        finally:
+            distribution._validate_args = before
+
+
+class _ChecksElsewhere:
+    """In place of torch's switch: off in the thread that made it, in others as it was."""
+
+    def __init__(self, checks: bool):
+        self.checks, self.thread = checks, get_ident()
+
+    def __get__(self, instance: Any, owner: Any = None) -> bool:
+        return self.checks and get_ident() != self.thread
 
 
 def branch(seed: np.random.SeedSequence, *key: int) -> np.random.SeedSequence:
@@ -241,8 +256,8 @@ def _number(seed: np.random.SeedSequence) -> int:
 @contextmanager
 def seeded(seed: np.random.SeedSequence) -> Iterator[None]:
     """Seeds every generator a model may draw from; the caller's are as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with ALONE, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        python, numpy = random.getstate(), np.random.get_state()
         if torch.accelerator.is_available():
             torch.manual_seed(_number(seed))
         else:  # without one, a note for each kind takes longer than a small prediction

@@ -14,7 +14,6 @@ from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,13 @@ from bnn.checkpoint import is_repeated
 from bnn.data import Data
 from bnn.devices import on
 from bnn.errors import FitError, ModelError, outside
-from bnn.handlers import branch, quiet_pyro, seeded, threads
+from bnn.handlers import ALONE, branch, quiet_pyro, seeded, threads
 from bnn.method import Method, Model
 from bnn.posterior import Posterior
 from bnn.progress import bar
 from bnn.run import Folder, Interrupted, Run
 from bnn.sites import Sites, require_one_value
 from bnn.workers import Workers, first_line, lost
-
-ALONE = RLock()
-"""Held by a fit: Pyro's and torch's state is the process's, and threads take turns."""
 
 _PARTS = 2**31  # branches of the seed tree from here on, apart from those within a fit
 _POLL = 0.5  # seconds

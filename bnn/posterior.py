@@ -18,6 +18,7 @@ from bnn.data import Data, take, take_filled
 from bnn.devices import on
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
+    ALONE,
     At,
     Capture,
     branch,
@@ -494,15 +495,11 @@ class Posterior:
     @contextmanager
     def _parameters(self, inputs: tuple[Tensor, ...]) -> Iterator[None]:
         """The trainable leftovers as fitted, while the program runs."""
-        if not self.sites.params:
-            with on(self.device):
-                yield
-            return
-        args = take(inputs, slice(0, 1))
-        with ExitStack() as stack:
-            stack.enter_context(on(self.device))
-            with seeded(_root(0)):  # a run finds them, and what it draws is lost
-                stack.enter_context(parameters(self.model, (*args, None), self.params))
+        with ALONE, on(self.device), ExitStack() as stack:
+            if self.sites.params:
+                args = (*take(inputs, slice(0, 1)), None)
+                with seeded(_root(0)):  # a run finds them, and what it draws is lost
+                    stack.enter_context(parameters(self.model, args, self.params))
             yield
 
 

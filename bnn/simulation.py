@@ -31,10 +31,9 @@ from bnn.arguments import argument_names
 from bnn.calibration.uniform import Uniformity, uniformity
 from bnn.data import tensors
 from bnn.errors import ConvergenceWarning, DataError, FitError, ModelError, outside
-from bnn.handlers import At, Capture, Score, branch, over_draws, quiet_pyro, seeded, threads
+from bnn.handlers import ALONE, At, Capture, Score, branch, over_draws, quiet_pyro, seeded, threads
 from bnn.journal import Journal
 from bnn.method import Method, Model, Tensors, check_count
-from bnn.parts import ALONE
 from bnn.posterior import Posterior
 from bnn.prediction import predict
 from bnn.progress import bar
@@ -278,7 +277,7 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """What a file of results is checked against; model and inputs by the data they make."""
         digest = hashlib.sha256()
-        with threads(0):
+        with ALONE, threads(0):
             made = self.simulated(0)
         for name, value in [*enumerate(made.inputs), *made.latent.items(), ("y", made.y)]:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -21,6 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import bnn
+from bnn.handlers import ALONE
 from bnn.method import Method
 from bnn.models import mlp_classification, mlp_regression
 from bnn.models.likelihoods import Gaussian, Likelihood, StudentT
@@ -32,12 +33,13 @@ from bnn.prediction import Prediction
 @contextmanager
 def _double() -> Iterator[None]:
     """Numbers of scikit-learn's precision: a row's prediction is then its own to 1e-7."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with ALONE:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 class _Net(BaseEstimator):

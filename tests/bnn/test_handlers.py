@@ -1,12 +1,14 @@
 """The effects that methods are built from."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import bnn
-from bnn.handlers import At, Capture, Rewrite, Score, threads
+from bnn.handlers import At, Capture, Rewrite, Score, quiet_pyro, threads
 
 X, Y = torch.randn(6, 2), torch.randn(6)
 AT = {"w": torch.tensor([0.5, -1.0])}
@@ -110,3 +112,38 @@ def test_the_work_of_a_method_is_of_what_it_computes_together():
     assert bnn.MAP().work(10_000, 30) == 10_000 * 30
     assert bnn.SVI(particles=8, batch_size=100).work(10_000, 30) == 8 * 100 * 30
     assert bnn.Laplace(batch_size=100).work(10_000, 30) == 10_000 * 30  # its curvature
+
+
+def test_checks_are_off_in_one_thread_alone():
+    wrong = lambda: torch.distributions.Normal(0.0, -1.0)
+    with ThreadPoolExecutor(1) as other:
+        with quiet_pyro():
+            with quiet_pyro():
+                wrong()
+            wrong()
+            with pytest.raises(ValueError, match="scale"):
+                other.submit(wrong).result()
+    with pytest.raises(ValueError, match="scale"):
+        wrong()
+
+
+def test_threads_take_turns():
+    """Pyro's stack of effects is the process's: side by side, one's draws would be the other's."""
+    fit = lambda y: bnn.fit(model, X, y, method=bnn.MAP(steps=20), progress=False)
+    posteriors = [fit(Y), fit(3 - Y)]
+
+    def work(number):
+        at = number % 2
+        if number % 10 < 2:
+            return fit(3 - Y if at else Y).draws["w"]
+        return (
+            posteriors[at].predict(X, seed=at).y if number % 4 else posteriors[at].log_likelihood()
+        )
+
+    numbers = range(40)
+    alone = [work(number) for number in numbers]
+    checks = torch.distributions.Distribution._validate_args
+    with ThreadPoolExecutor(4) as together:
+        found = list(together.map(work, numbers))
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert torch.distributions.Distribution._validate_args == checks
