@@ -25,7 +25,7 @@ from bnn.data import Data, some_rows
 from bnn.devices import checked
 from bnn.errors import CheckpointError, DataError, ModelError
 from bnn.fingerprint import fingerprint
-from bnn.handlers import parameters, quiet_pyro, seeded
+from bnn.handlers import alone, parameters, quiet_pyro, seeded
 from bnn.method import METHODS, Method, Model
 from bnn.run import FIT, POSTERIOR, Interrupted, Run, no_link
 from bnn.sites import Site, Sites
@@ -118,6 +118,7 @@ def files_of_fit(
     }, tensors
 
 
+@alone
 def load(
     path: "str | os.PathLike[str]",
     model: Model,

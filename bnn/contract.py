@@ -530,6 +530,6 @@ def _check_prediction(model: Model, data: Data, sites: Sites) -> bool:
                 f'model\'s prior produces at "{sites.observed}". Standardise the data '
                 "(bnn.standardize), or widen the priors: as it is, the fit fights the units.",
                 DataWarning,
-                stacklevel=4,  # the caller of fit
+                stacklevel=outside(),
             )
     return True

@@ -18,6 +18,7 @@ from torch import Tensor
 from bnn.data import take
 from bnn.devices import on
 from bnn.errors import DataError, ModelError
+from bnn.handlers import ALONE
 from bnn.prediction import Prediction
 from bnn.prior import prior_draws
 
@@ -203,7 +204,7 @@ def psis(log_ratios: Tensor) -> tuple[float, float]:
     ratios = log_ratios.double().cpu().numpy()
     if np.ptp(ratios) < 1e-9:
         return 0.0, float(ratios.mean())
-    with warnings.catch_warnings():
+    with ALONE, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if hasattr(arviz, "psislw"):
             weights, k = arviz.psislw(ratios)
@@ -239,7 +240,7 @@ def loo(posterior: "Posterior", most: int | None = None) -> tuple[float, float, 
         {"posterior": _draws(posterior.draws), "log_likelihood": _draws({y: each}, {y})}
     )
     try:
-        with warnings.catch_warnings():
+        with ALONE, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k is returned, and what it means is said once
             result: Any = az.loo(made, pointwise=True)
     except (ValueError, IndexError):

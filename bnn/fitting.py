@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,42 +129,44 @@ def fit(
         with processes.together(where):
             again = {"method": method, "seed": seed, "checkpoint": checkpoint, "device": where}
             return fit(model, *data, progress=progress, distributed=True, **again)
-    start = time.perf_counter()
-    read = arguments.read(model, data, getattr(method, "batch_size", None), where)
-    with devices.on(read.observations.device):
-        read, sites = contract.check(model, read, adds_sites=method.adds_sites)
-        contract.check_batch(model, read, sites, method)
-    shared = processes.current()
-    if shared is not None:
-        _check_shared(model, read, sites, method, seed, shared)
-        progress = progress and shared.first
-    if checkpoint is None:
-        run = Run(shared=shared)
-        posterior = approximate(model, read, sites, method, seed, progress, run, executor)
-        _agree(shared, posterior)
-        return replace(posterior, seconds=time.perf_counter() - start)
-    kept = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    first = shared is None or shared.first
-    if not first:
-        shared.wait()  # type: ignore[union-attr]  until the first has made the folder its own
-    with Folder(Path(kept.folder), held=first) as folder:
-        folder.check(*files_of_fit(model, read, method, seed))
-        if shared is not None and first:
-            shared.wait()
-        finished = folder.posterior.exists()
-        run = Run(None if finished else folder.path, kept.every, shared=shared)
+    with ALONE if executor is None else nullcontext():  # whose threads need turns of their own
+        start = time.perf_counter()
+        with ALONE:
+            read = arguments.read(model, data, getattr(method, "batch_size", None), where)
+            with devices.on(read.observations.device):
+                read, sites = contract.check(model, read, adds_sites=method.adds_sites)
+                contract.check_batch(model, read, sites, method)
+        shared = processes.current()
         if shared is not None:
-            shared.agree("what their checkpoint holds", finished, run.count)
-        if finished:
-            posterior = read_finished(folder.posterior, model, read, method)
-            return posterior.to(read.observations.device)
-        posterior = approximate(model, read, sites, method, seed, progress, run, executor)
-        _agree(shared, posterior)
-        if first and posterior.complete and run.finish(lambda path: write(posterior, path)):
-            folder.clear()
-        if shared is not None:
-            shared.wait()
-    return posterior
+            _check_shared(model, read, sites, method, seed, shared)
+            progress = progress and shared.first
+        if checkpoint is None:
+            run = Run(shared=shared)
+            posterior = approximate(model, read, sites, method, seed, progress, run, executor)
+            _agree(shared, posterior)
+            return replace(posterior, seconds=time.perf_counter() - start)
+        kept = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        first = shared is None or shared.first
+        if not first:
+            shared.wait()  # type: ignore[union-attr]  until the first has made the folder its own
+        with Folder(Path(kept.folder), held=first) as folder:
+            folder.check(*files_of_fit(model, read, method, seed))
+            if shared is not None and first:
+                shared.wait()
+            finished = folder.posterior.exists()
+            run = Run(None if finished else folder.path, kept.every, shared=shared)
+            if shared is not None:
+                shared.agree("what their checkpoint holds", finished, run.count)
+            if finished:
+                posterior = read_finished(folder.posterior, model, read, method)
+                return posterior.to(read.observations.device)
+            posterior = approximate(model, read, sites, method, seed, progress, run, executor)
+            _agree(shared, posterior)
+            if first and posterior.complete and run.finish(lambda path: write(posterior, path)):
+                folder.clear()
+            if shared is not None:
+                shared.wait()
+        return posterior
 
 
 def _check_shared(
@@ -249,8 +252,7 @@ def approximate(
     if not run.frozen:
         try:
             with ALONE, threads(rows * sites.size):
-                found = diagnostics.at_fit(posterior)
-            diagnostics.warn(found)
+                diagnostics.warn(diagnostics.at_fit(posterior))
         except KeyboardInterrupt:
             warnings.warn(
                 "The fit is done and its checks were interrupted: posterior.diagnose() makes them.",

@@ -1,11 +1,13 @@
 """The few Pyro effects we need: run at a draw, score a run, capture it, keep parameters apart."""
 
 import copy
+import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from threading import RLock, get_ident
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
@@ -14,6 +16,7 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import transform_to
@@ -22,8 +25,59 @@ from torch.utils._pytree import tree_map
 
 from bnn.errors import ModelError
 
-ALONE = RLock()
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+
+class _Turns:
+    """A lock that its thread may take again, and that no forked child inherits from another's."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+    def forked(self) -> None:
+        """In a child: the thread that held it is not here, and what it ran does not go on."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = RLock()
+            _PYRO_STACK.clear()
+
+
+ALONE = _Turns()
 """Held where a model runs: Pyro's effects, generators and torch's settings are the process's."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=ALONE.forked)
+
+
+def alone(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """The function, while other threads wait."""
+
+    @wraps(function)
+    def within(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        with ALONE:
+            return function(*args, **kwargs)
+
+    return within
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype, for this thread alone."""
+    with ALONE:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def is_statement(message: Mapping[str, Any]) -> bool:
@@ -214,14 +268,19 @@ class Capture(Messenger):
             self.local.add(message["name"])
 
 
+_UNCHECKED = dict.fromkeys(
+    ("validate_infer", "validate_poutine", "validate_distributions_pyro"), False
+)
+
+
 @contextmanager
 def quiet_pyro() -> Iterator[None]:
     """Pyro for this thread alone, without argument checks (ours come first) or its global store."""
     distribution: Any = torch.distributions.Distribution
-    unchecked = pyro.settings.context(validate_infer=False, validate_poutine=False)
-    with ALONE, unchecked, pyro.get_param_store().scope():
+    with ALONE, pyro.settings.context(**_UNCHECKED), pyro.get_param_store().scope():
         before = vars(distribution)["_validate_args"]
-        distribution._validate_args = _ChecksElsewhere(distribution._validate_args)
+        if not isinstance(before, _ChecksElsewhere):
+            distribution._validate_args = _ChecksElsewhere(before)
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
 from bnn.data import Data, shape_of
-from bnn.errors import DataError, DataWarning, ModelError
+from bnn.errors import DataError, DataWarning, ModelError, outside
 
 _ROUNDING = 1e-3  # a parameter so far outside of its range may have been rounded there
 
@@ -194,7 +194,7 @@ def warn_of_one_class(fn: Any, data: Data) -> None:
             f'"{data.names[-1]}" holds one class only, {y.flatten()[0].item():g}: the fit can '
             "learn nothing about the others.",
             DataWarning,
-            stacklevel=4,  # the caller of fit
+            stacklevel=outside(),
         )
 
 

@@ -24,7 +24,7 @@ from bnn.checkpoint import is_repeated
 from bnn.data import Data
 from bnn.devices import on
 from bnn.errors import FitError, ModelError, outside
-from bnn.handlers import ALONE, branch, quiet_pyro, seeded, threads
+from bnn.handlers import ALONE, branch, default_dtype, quiet_pyro, seeded, threads
 from bnn.method import Method, Model
 from bnn.posterior import Posterior
 from bnn.progress import bar
@@ -59,9 +59,8 @@ class Part:
 
     def compute(self, run: Run, progress: bool) -> Posterior:
         """The posterior, computed here."""
-        before, here = torch.get_default_dtype(), on(self.data.observations.device)
-        with ALONE, run.under_way(), quiet_pyro(), here, seeded(self.seed), threads(self.work):
-            torch.set_default_dtype(self.dtype)
+        here, dtype = on(self.data.observations.device), default_dtype(self.dtype)
+        with dtype, run.under_way(), quiet_pyro(), here, seeded(self.seed), threads(self.work):
             try:
                 posterior = self.method.fit(
                     self.model, self.data, self.sites, seed=self.seed, progress=progress
@@ -70,8 +69,6 @@ class Part:
                 if self.name:
                     error.add_note(f"in {self.name} of {type(self.method).__name__}")
                 raise
-            finally:
-                torch.set_default_dtype(before)
         return replace(posterior, complete=not run.cut, seconds=run.elapsed())
 
     def kept(self, run: Run, progress: bool) -> Posterior:

@@ -21,6 +21,7 @@ from bnn.handlers import (
     ALONE,
     At,
     Capture,
+    alone,
     branch,
     over_draws,
     parameters,
@@ -170,6 +171,7 @@ class Posterior:
         mode: Literal["draws", "mean"] = "draws",
     ) -> Prediction: ...
 
+    @alone
     def predict(
         self,
         *inputs: Any,
@@ -281,6 +283,7 @@ class Posterior:
             levels,
         )
 
+    @alone
     def log_likelihood(self, *data: Any) -> Tensor:
         """Log p(y | x, draw) of each row, (chain, draw, row).
 
@@ -344,6 +347,7 @@ class Posterior:
                     out[part, first : first + block] = each[:, : rows - first]
         return out.reshape(*shape, rows)
 
+    @alone
     def deterministic(self, *names: str) -> Tensors:
         """Values of deterministic sites at the fitted draws and rows, (chain, draw, *site) each.
 

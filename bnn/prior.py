@@ -10,12 +10,13 @@ from bnn import contract
 from bnn.arguments import argument_names, input_call
 from bnn.data import tensors
 from bnn.errors import ModelError
-from bnn.handlers import Capture, branch, quiet_pyro, seeded
+from bnn.handlers import Capture, alone, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
 from bnn.sites import Sites, require_every_row
 
 
+@alone
 def prior_predictive(model: Model, *inputs: Any, draws: int = 500, seed: int = 0) -> Prediction:
     """Runs a model forward from its prior: the data it expects.
 

@@ -31,7 +31,18 @@ from bnn.arguments import argument_names
 from bnn.calibration.uniform import Uniformity, uniformity
 from bnn.data import tensors
 from bnn.errors import ConvergenceWarning, DataError, FitError, ModelError, outside
-from bnn.handlers import ALONE, At, Capture, Score, branch, over_draws, quiet_pyro, seeded, threads
+from bnn.handlers import (
+    ALONE,
+    At,
+    Capture,
+    Score,
+    branch,
+    default_dtype,
+    over_draws,
+    quiet_pyro,
+    seeded,
+    threads,
+)
 from bnn.journal import Journal
 from bnn.method import Method, Model, Tensors, check_count
 from bnn.posterior import Posterior
@@ -244,9 +255,10 @@ def sbc(
     fitting.seed_sequence(seed)
     names = None if sites is None else tuple(sites)
     where = None if at is None else _inputs(at)
-    dtype = torch.get_default_dtype()
-    job = _Job(model, method, data_sampler, int(draws), where, names, int(seed), dtype)
-    journal = None if path is None else Journal(path, job.settings())
+    with ALONE:
+        dtype = torch.get_default_dtype()
+        job = _Job(model, method, data_sampler, int(draws), where, names, int(seed), dtype)
+        journal = None if path is None else Journal(path, job.settings())
     found = {each["replicate"]: each for each in (journal.results if journal else [])}
     todo = [i for i in range(replicates) if i not in found]
     with bar(replicates, "SBC", progress, initial=replicates - len(todo)) as shown:
@@ -277,7 +289,7 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         """What a file of results is checked against; model and inputs by the data they make."""
         digest = hashlib.sha256()
-        with ALONE, threads(0):
+        with threads(0):
             made = self.simulated(0)
         for name, value in [*enumerate(made.inputs), *made.latent.items(), ("y", made.y)]:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -310,10 +322,9 @@ class _Job:
 
     def __call__(self, replicate: int) -> dict[str, Any]:
         """One replicate, as JSON takes it."""
-        before = torch.get_default_dtype()
-        with ALONE, threads(0), warnings.catch_warnings(record=True) as caught:
+        dtype = default_dtype(self.dtype)
+        with dtype, threads(0), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            torch.set_default_dtype(self.dtype)
             try:
                 return self._ranked(replicate) | {
                     "warned": [each.category.__name__ for each in caught]
@@ -321,8 +332,6 @@ class _Job:
             except Exception as error:
                 error.add_note(f"in replicate {replicate} of SBC, seed {self.seed}")
                 raise
-            finally:
-                torch.set_default_dtype(before)
 
     def _ranked(self, replicate: int) -> dict[str, Any]:
         made = self.simulated(replicate)

@@ -9,8 +9,7 @@ They stand in pipelines, grid searches and cross-validation like any other estim
 is the `bnn.Posterior`, for everything else.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import bnn
-from bnn.handlers import ALONE
+from bnn.handlers import default_dtype
 from bnn.method import Method
 from bnn.models import mlp_classification, mlp_regression
 from bnn.models.likelihoods import Gaussian, Likelihood, StudentT
@@ -30,20 +29,11 @@ from bnn.models.priors import Prior
 from bnn.prediction import Prediction
 
 
-@contextmanager
-def _double() -> Iterator[None]:
-    """Numbers of scikit-learn's precision: a row's prediction is then its own to 1e-7."""
-    with ALONE:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
-
-
 class _Net(BaseEstimator):
-    """What both do, in float64: check X, fit, predict, draw."""
+    """What both do: check X, fit, predict, draw.
+
+    All in float64, scikit-learn's precision: a row's prediction is then its own to 1e-7.
+    """
 
     method: Method | None
     random_state: Any
@@ -51,10 +41,10 @@ class _Net(BaseEstimator):
 
     def _fit(self, model: Any, X: np.ndarray, y: np.ndarray) -> Self:
         method = bnn.SVI() if self.method is None else self.method
-        seed = self.random_state
-        if seed is None or not isinstance(seed, int | np.integer):
-            seed = check_random_state(seed).randint(2**31 - 1)
-        with _double():
+        with default_dtype(torch.float64):
+            seed = self.random_state
+            if seed is None or not isinstance(seed, int | np.integer):
+                seed = check_random_state(seed).randint(2**31 - 1)
             self.posterior_ = bnn.fit(
                 model, X, y, method=method, seed=int(seed), progress=self.progress
             )
@@ -70,7 +60,7 @@ class _Net(BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False)
-        with _double():
+        with default_dtype(torch.float64):
             return self.posterior_.predict(X, draws=draws, seed=seed)
 
     def sample_posterior(self, X: Any, *, draws: int | None = None, seed: int = 0) -> np.ndarray:
@@ -151,7 +141,7 @@ class BNNRegressor(RegressorMixin, _Net):
         units = None
         if self.standardize:
             units = (X, y) if isinstance(likelihood, Gaussian | StudentT) else X
-        with _double():
+        with default_dtype(torch.float64):
             model = mlp_regression(
                 X.shape[1],
                 tuple(self.hidden),
@@ -234,7 +224,7 @@ class BNNClassifier(ClassifierMixin, _Net):
                 f"y has one class, {self.classes_.tolist()}: there is nothing to tell apart. "
                 "Pass rows of at least two classes."
             )
-        with _double():
+        with default_dtype(torch.float64):
             model = mlp_classification(
                 X.shape[1],
                 len(self.classes_),

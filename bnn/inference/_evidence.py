@@ -22,7 +22,7 @@ import torch.distributions as td
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bnn.errors import ConvergenceWarning, ModelError
+from bnn.errors import ConvergenceWarning, ModelError, outside
 from bnn.handlers import At, Capture, Score, is_statement
 from bnn.inference._joint import Joint, slope_of
 from bnn.inference._mode import Mode, Shape, polish, upwards
@@ -139,7 +139,7 @@ def _warn(what: str) -> None:
         f"Laplace: the {what}: the data do not determine what tune sets. Name sites whose scales "
         'matter, tune=(...), or one factor for all, tune="global".',
         ConvergenceWarning,
-        stacklevel=5,
+        stacklevel=outside(),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.errors import ConvergenceWarning, FitError
+from bnn.errors import ConvergenceWarning, FitError, outside
 from bnn.handlers import branch, generator
 from bnn.inference._joint import Joint
 from bnn.inference._precision import Diagonal, NotPositive, Precision
@@ -181,4 +181,6 @@ def _tell(joint: Joint, slope: Tensor, left: Tensor) -> None:
     )
     if not left.max() <= _WRONG:
         raise FitError(f"Laplace is not at a mode: {found}. {cure}", site=site)
-    warnings.warn(f"Laplace is only near a mode: {found}. {cure}", ConvergenceWarning, stacklevel=5)
+    warnings.warn(
+        f"Laplace is only near a mode: {found}. {cure}", ConvergenceWarning, stacklevel=outside()
+    )

@@ -37,7 +37,7 @@ import torch
 
 from bnn.data import Data
 from bnn.diagnostics import Finding
-from bnn.errors import ApproximationWarning
+from bnn.errors import ApproximationWarning, outside
 from bnn.handlers import branch
 from bnn.inference._energy import Energy
 from bnn.inference._gradient import Gradient
@@ -167,7 +167,7 @@ def _warn_of_bias() -> None:
         "to 0, and neither R-hat nor ESS shows how far it is. Confirm it by another method, or "
         "leave adjusted=True.",
         ApproximationWarning,
-        stacklevel=4,
+        stacklevel=outside(),
     )
 
 

@@ -1,6 +1,10 @@
 """The effects that methods are built from."""
 
+import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +12,7 @@ import pytest
 import torch
 
 import bnn
-from bnn.handlers import At, Capture, Rewrite, Score, quiet_pyro, threads
+from bnn.handlers import ALONE, At, Capture, Rewrite, Score, default_dtype, quiet_pyro, threads
 
 X, Y = torch.randn(6, 2), torch.randn(6)
 AT = {"w": torch.tensor([0.5, -1.0])}
@@ -116,14 +120,20 @@ def test_the_work_of_a_method_is_of_what_it_computes_together():
 
 def test_checks_are_off_in_one_thread_alone():
     wrong = lambda: torch.distributions.Normal(0.0, -1.0)
+    refused = pytest.raises(ValueError, match="scale")
     with ThreadPoolExecutor(1) as other:
         with quiet_pyro():
             with quiet_pyro():
                 wrong()
+                with refused:
+                    other.submit(wrong).result()
             wrong()
-            with pytest.raises(ValueError, match="scale"):
+            with refused:
                 other.submit(wrong).result()
-    with pytest.raises(ValueError, match="scale"):
+            with pyro.validation_enabled(False):  # as some of Pyro's own algorithms do
+                pass
+            wrong()
+    with refused:
         wrong()
 
 
@@ -147,3 +157,56 @@ def test_threads_take_turns():
         found = list(together.map(work, numbers))
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
     assert torch.distributions.Distribution._validate_args == checks
+
+
+def test_a_fit_in_double_leaves_other_threads_their_dtype():
+    def double(number):
+        with default_dtype(torch.float64):
+            time.sleep(0.001)
+            return torch.get_default_dtype()
+
+    def single(number):
+        fitted = bnn.fit(model, X.numpy(), Y.numpy(), method=bnn.MAP(steps=2), progress=False)
+        return fitted.log_likelihood().dtype
+
+    with ThreadPoolExecutor(2) as threads:
+        doubles, singles = threads.map(double, range(300)), threads.map(single, range(20))
+        assert set(doubles) == {torch.float64}
+        assert set(singles) == {torch.float32}
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are never forked here")
+def test_a_forked_child_does_not_wait_for_a_thread_it_has_not():
+    begun, end = threading.Event(), threading.Event()
+
+    def hold():
+        with ALONE, Capture("y"):
+            begun.set()
+            end.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    begun.wait(60)
+    try:
+        child = get_context("fork").Process(target=_takes_its_turn)
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        end.set()
+        holder.join()
+
+
+def _takes_its_turn():
+    with ALONE:
+        assert not pyro.poutine.runtime._PYRO_STACK
+
+
+def test_a_fit_does_not_count_its_wait():
+    with ThreadPoolExecutor(1) as other:
+        with ALONE:
+            fit = lambda: bnn.fit(model, X, Y, method=bnn.MAP(steps=2), progress=False)
+            waiting = other.submit(fit)
+            time.sleep(2)
+        assert waiting.result().seconds < 1.5  # a few milliseconds, where it does not wait
