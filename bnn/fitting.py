@@ -130,8 +130,8 @@ def fit(
             again = {"method": method, "seed": seed, "checkpoint": checkpoint, "device": where}
             return fit(model, *data, progress=progress, distributed=True, **again)
     with ALONE if executor is None else nullcontext():  # whose threads need turns of their own
-        start = time.perf_counter()
         with ALONE:
+            start = time.perf_counter()
             read = arguments.read(model, data, getattr(method, "batch_size", None), where)
             with devices.on(read.observations.device):
                 read, sites = contract.check(model, read, adds_sites=method.adds_sites)

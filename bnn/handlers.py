@@ -29,25 +29,44 @@ Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
 
+_PYRO_CHECKS = ("validate_infer", "validate_poutine", "validate_distributions_pyro")
+
+
 class _Turns:
-    """A lock that its thread may take again, and that no forked child inherits from another's."""
+    """A lock that its thread may take again, and that no child has of a thread that it has not.
+
+    A child forked meanwhile has the dtype, threads and checks that were there when the lock was
+    taken, and no effects. Generators and Pyro's parameter store are as the fork found them.
+    """
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        self._lock, self._depth = RLock(), 0
+        self._before: tuple[Any, ...] = ()
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        if not self._depth:
+            checks = vars(torch.distributions.Distribution)["_validate_args"]
+            pyros = {name: pyro.settings.get(name) for name in _PYRO_CHECKS}
+            self._before = (torch.get_default_dtype(), torch.get_num_threads(), checks, pyros)
+        self._depth += 1
 
     def __exit__(self, *_: Any) -> None:
+        self._depth -= 1
         self._lock.release()
 
     def forked(self) -> None:
-        """In a child: the thread that held it is not here, and what it ran does not go on."""
+        """In a child: where another thread held the lock, what it ran does not go on here."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
-        else:
-            self._lock = RLock()
-            _PYRO_STACK.clear()
+            return
+        dtype, threads, checks, pyros = self._before
+        self.__init__()
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        pyro.settings.set(**pyros)
+        torch.distributions.Distribution.set_default_validate_args(checks)
+        _PYRO_STACK.clear()
 
 
 ALONE = _Turns()
@@ -268,16 +287,12 @@ class Capture(Messenger):
             self.local.add(message["name"])
 
 
-_UNCHECKED = dict.fromkeys(
-    ("validate_infer", "validate_poutine", "validate_distributions_pyro"), False
-)
-
-
 @contextmanager
 def quiet_pyro() -> Iterator[None]:
     """Pyro for this thread alone, without argument checks (ours come first) or its global store."""
     distribution: Any = torch.distributions.Distribution
-    with ALONE, pyro.settings.context(**_UNCHECKED), pyro.get_param_store().scope():
+    unchecked = dict.fromkeys(_PYRO_CHECKS, False)
+    with ALONE, pyro.settings.context(**unchecked), pyro.get_param_store().scope():
         before = vars(distribution)["_validate_args"]
         if not isinstance(before, _ChecksElsewhere):
             distribution._validate_args = _ChecksElsewhere(before)

@@ -181,7 +181,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_it_has_not():
     begun, end = threading.Event(), threading.Event()
 
     def hold():
-        with ALONE, Capture("y"):
+        with default_dtype(torch.float64), quiet_pyro(), Capture("y"):
             begun.set()
             end.wait(60)
 
@@ -199,8 +199,12 @@ def test_a_forked_child_does_not_wait_for_a_thread_it_has_not():
 
 
 def _takes_its_turn():
-    with ALONE:
+    with quiet_pyro():
+        torch.distributions.Normal(0.0, -1.0)
         assert not pyro.poutine.runtime._PYRO_STACK
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.distributions.Distribution._validate_args
+    assert pyro.infer.util.is_validation_enabled()
 
 
 def test_a_fit_does_not_count_its_wait():
