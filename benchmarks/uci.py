@@ -44,7 +44,7 @@ ACTIVATION = "tanh"
 SCALE = "fan_in"  # of the prior
 WITHIN = 1.25  # of the budget: samplers learn how long a trajectory is only as they go
 PREDICTED, LEARNED = (dict.fromkeys(SETS, noise) for noise in ("predicted", "learned"))
-POINTS = LEARNED | {"yacht": "predicted"}  # a mode overfits a noise that follows x
+POINTS = PREDICTED | dict.fromkeys(("concrete", "wine"), "learned")  # modes overfit there
 GUESS = 30.0  # seconds of a fit of which nothing is known yet
 
 # What is published ----------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Entry:
         import bnn
 
         try:
-            made = getattr(bnn, self.name)(**self.settings, **self.tuned.get(name, {}))
+            made = getattr(bnn, self.name)(**{**self.settings, **self.tuned.get(name, {})})
             each = gradients / abreast(made) / dearer(made, rows)
             given = {steps: max(int(share * each), 1) for steps, share in self.shares.items()}
             if rows > ROWS and hasattr(made, "batch_size"):
@@ -231,14 +231,16 @@ def dearer(method: Any, rows: int) -> float:
 
 _GLM = {"predictive": "linearized"}
 _SWAG = {"steps": 0.5, "collection": 0.5}
-_SGHMC = {"warmup": 0.25, "steps": 0.75}
+_LANGEVIN = {"warmup": 0.25, "steps": 0.75}
 _NUTS = {"warmup": 0.4 / 31, "draws": 0.6 / 31}  # a trajectory of depth 5 has 31 gradients
 _WIDE = {"concrete": (2.0, 3.0)}  # a mean that can follow y a priori
+_ONE_CHAIN = {"power": {"chains": 1}}  # of four, each would warm up for seven trajectories at most
 _MCLMC = {"warmup": 0.3 / 40, "draws": 0.7 / 40}  # one has 20 or more, as it learns
 METHODS = {
     "MAP": Entry("MAP", {"draws": 200}, noise=POINTS),
     "Laplace, full": Entry("Laplace", {"structure": "full"} | _GLM, noise=POINTS),
     "Laplace, kron": Entry("Laplace", {"structure": "kron"} | _GLM, noise=POINTS),
+    "Laplace, diag": Entry("Laplace", {"structure": "diag"} | _GLM, noise=POINTS),
     "Laplace, last layer": Entry("Laplace", {"structure": "last_layer"} | _GLM, noise=POINTS),
     "SWAG": Entry("SWAG", shares=_SWAG, noise=POINTS),
     "MultiSWAG": Entry("SWAG", {"restarts": 5}, shares=_SWAG, noise=POINTS),
@@ -253,6 +255,7 @@ METHODS = {
             "yacht": {"length_scale": 0.1},
             "concrete": {"length_scale": 0.2},
             "wine": {"length_scale": 3.0},
+            "power": {"length_scale": 0.1},
         },
     ),
     "ConcreteDropout": Entry("ConcreteDropout", noise=POINTS),
@@ -261,10 +264,18 @@ METHODS = {
         "SVI", {"guide": "normal", "estimator": "local"}, beside="MFVI", scales={"concrete": 0.5}
     ),
     "SVI, low_rank": Entry("SVI", {"guide": "low_rank"}),
-    "SGHMC": Entry("SGHMC", {"chains": 4}, shares=_SGHMC, scales=_WIDE),
-    "MCLMC": Entry("MCLMC", {"chains": 4}, shares=_MCLMC, beside="HMC ?", scales=_WIDE),
+    "SGHMC": Entry("SGHMC", {"chains": 4}, shares=_LANGEVIN, scales=_WIDE),
+    "SGLD": Entry("SGLD", {"chains": 4}, shares=_LANGEVIN, scales=_WIDE),
+    "MCLMC": Entry(
+        "MCLMC", {"chains": 4}, shares=_MCLMC, beside="HMC ?", scales=_WIDE, tuned=_ONE_CHAIN
+    ),
     "NUTS": Entry(
-        "NUTS", {"chains": 4, "max_tree_depth": 5}, shares=_NUTS, beside="HMC ?", scales=_WIDE
+        "NUTS",
+        {"chains": 4, "max_tree_depth": 5},
+        shares=_NUTS,
+        beside="HMC ?",
+        scales=_WIDE,
+        tuned=_ONE_CHAIN,
     ),
 }
 
