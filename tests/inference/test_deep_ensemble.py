@@ -144,6 +144,29 @@ X = torch.linspace(-2, 2, 30)
 Y = torch.sin(2 * X)
 
 
+def test_an_ensemble_is_the_mixture_of_its_members():
+    """Moments and negative log density against draws of y at one row; bounds are 4 errors."""
+    method = bnn.DeepEnsemble(members=3, steps=20, schedule="constant")
+    with pytest.warns(bnn.ConvergenceWarning, match="still rising"):
+        posterior = bnn.fit(net, X, Y, method=method)
+    x = torch.full((20_000,), 1.5)
+    prediction = posterior.predict(x)
+    y = prediction.y.flatten().double()  # as many of each member
+    variance = float((prediction.aleatoric + prediction.epistemic)[0])
+    assert float(prediction.epistemic[0]) > 4 * float(prediction.aleatoric[0])
+    assert abs(float(y.mean() - prediction.mean[0])) < 4 * math.sqrt(variance / len(y))
+    squares = (y - y.mean()).square()
+    assert abs(float(squares.mean()) - variance) < 4 * float(squares.std()) / math.sqrt(len(y))
+    grid = torch.linspace(float(y.min()) - 0.5, float(y.max()) + 0.5, 20_000)
+    density = posterior.log_score(x, grid).double()
+    mass = density.exp() * float(grid[-1] - grid[0]) / (len(grid) - 1)
+    assert float(mass.sum()) == pytest.approx(1, abs=1e-4)
+    found = -torch.cat([posterior.log_score(x, each) for each in prediction.y.flatten(0, 1)])
+    found = found.double()
+    wanted = -float((mass * density).sum())
+    assert abs(float(found.mean()) - wanted) < 4 * float(found.std()) / math.sqrt(len(found))
+
+
 @pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
 def test_frames_are_posteriors_on_the_way(tmp_path):
     method = bnn.DeepEnsemble(members=3, steps=200, snapshots=10, schedule="constant")
