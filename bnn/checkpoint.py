@@ -25,10 +25,11 @@ from bnn.data import Data, some_rows
 from bnn.devices import checked
 from bnn.errors import CheckpointError, DataError, ModelError
 from bnn.fingerprint import fingerprint
-from bnn.handlers import alone, parameters, quiet_pyro, seeded
+from bnn.handlers import parameters, quiet_pyro, seeded
 from bnn.method import METHODS, Method, Model
 from bnn.run import FIT, POSTERIOR, Interrupted, Run, no_link
 from bnn.sites import Site, Sites
+from bnn.turns import alone
 
 if TYPE_CHECKING:
     from bnn.posterior import Posterior

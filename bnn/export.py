@@ -18,9 +18,9 @@ from torch import Tensor
 from bnn.data import take
 from bnn.devices import on
 from bnn.errors import DataError, ModelError
-from bnn.handlers import ALONE
 from bnn.prediction import Prediction
 from bnn.prior import prior_draws
+from bnn.turns import ALONE
 
 if TYPE_CHECKING:
     from bnn.data import Data

@@ -17,12 +17,13 @@ from bnn.checkpoint import files_of_fit, read_finished, write
 from bnn.data import Data
 from bnn.errors import ConvergenceWarning, DataError, ModelError, outside
 from bnn.files import digest
-from bnn.handlers import ALONE, threads
+from bnn.handlers import threads
 from bnn.method import METHODS, Method, Model
 from bnn.parts import Part, compute, divide
 from bnn.posterior import Posterior
 from bnn.run import Checkpoint, Folder, Interrupted, Run
 from bnn.sites import Sites, require_minibatches
+from bnn.turns import ALONE
 
 
 def fit(

@@ -1,13 +1,11 @@
 """The few Pyro effects we need: run at a draw, score a run, capture it, keep parameters apart."""
 
 import copy
-import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
-from threading import RLock, get_ident
-from typing import Any, ParamSpec, TypeVar
+from threading import get_ident
+from typing import Any
 
 import numpy as np
 import pyro
@@ -16,7 +14,6 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import transform_to
@@ -24,79 +21,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from bnn.errors import ModelError
-
-Arguments = ParamSpec("Arguments")
-Returned = TypeVar("Returned")
-
-
-_PYRO_CHECKS = ("validate_infer", "validate_poutine", "validate_distributions_pyro")
-
-
-class _Turns:
-    """A lock that its thread may take again, and that no child has of a thread that it has not.
-
-    A child forked meanwhile has the dtype, threads and checks that were there when the lock was
-    taken, and no effects. Generators and Pyro's parameter store are as the fork found them.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._depth = RLock(), 0
-        self._before: tuple[Any, ...] = ()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if not self._depth:
-            checks = vars(torch.distributions.Distribution)["_validate_args"]
-            pyros = {name: pyro.settings.get(name) for name in _PYRO_CHECKS}
-            self._before = (torch.get_default_dtype(), torch.get_num_threads(), checks, pyros)
-        self._depth += 1
-
-    def __exit__(self, *_: Any) -> None:
-        self._depth -= 1
-        self._lock.release()
-
-    def forked(self) -> None:
-        """In a child: where another thread held the lock, what it ran does not go on here."""
-        if self._lock.acquire(blocking=False):
-            self._lock.release()
-            return
-        dtype, threads, checks, pyros = self._before
-        self.__init__()
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        pyro.settings.set(**pyros)
-        torch.distributions.Distribution.set_default_validate_args(checks)
-        _PYRO_STACK.clear()
-
-
-ALONE = _Turns()
-"""Held where a model runs: Pyro's effects, generators and torch's settings are the process's."""
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=ALONE.forked)
-
-
-def alone(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-    """The function, while other threads wait."""
-
-    @wraps(function)
-    def within(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-        with ALONE:
-            return function(*args, **kwargs)
-
-    return within
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Another default dtype, for this thread alone."""
-    with ALONE:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+from bnn.turns import ALONE, PYRO_CHECKS
 
 
 def is_statement(message: Mapping[str, Any]) -> bool:
@@ -291,7 +216,7 @@ class Capture(Messenger):
 def quiet_pyro() -> Iterator[None]:
     """Pyro for this thread alone, without argument checks (ours come first) or its global store."""
     distribution: Any = torch.distributions.Distribution
-    unchecked = dict.fromkeys(_PYRO_CHECKS, False)
+    unchecked = dict.fromkeys(PYRO_CHECKS, False)
     with ALONE, pyro.settings.context(**unchecked), pyro.get_param_store().scope():
         before = vars(distribution)["_validate_args"]
         if not isinstance(before, _ChecksElsewhere):

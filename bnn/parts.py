@@ -24,12 +24,13 @@ from bnn.checkpoint import is_repeated
 from bnn.data import Data
 from bnn.devices import on
 from bnn.errors import FitError, ModelError, outside
-from bnn.handlers import ALONE, branch, default_dtype, quiet_pyro, seeded, threads
+from bnn.handlers import branch, quiet_pyro, seeded, threads
 from bnn.method import Method, Model
 from bnn.posterior import Posterior
 from bnn.progress import bar
 from bnn.run import Folder, Interrupted, Run
 from bnn.sites import Sites, require_one_value
+from bnn.turns import ALONE, default_dtype
 from bnn.workers import Workers, first_line, lost
 
 _PARTS = 2**31  # branches of the seed tree from here on, apart from those within a fit

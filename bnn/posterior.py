@@ -18,10 +18,8 @@ from bnn.data import Data, take, take_filled
 from bnn.devices import on
 from bnn.errors import DataError, ModelError
 from bnn.handlers import (
-    ALONE,
     At,
     Capture,
-    alone,
     branch,
     over_draws,
     parameters,
@@ -33,6 +31,7 @@ from bnn.method import Method, Model, Tensors, name_of
 from bnn.prediction import ROWS, Prediction, predict, rows_together
 from bnn.sites import Sites, require_every_row
 from bnn.summary import QUANTILES, Summary, checked_levels, summarize
+from bnn.turns import alone
 
 if TYPE_CHECKING:
     import os
@@ -499,7 +498,7 @@ class Posterior:
     @contextmanager
     def _parameters(self, inputs: tuple[Tensor, ...]) -> Iterator[None]:
         """The trainable leftovers as fitted, while the program runs."""
-        with ALONE, on(self.device), ExitStack() as stack:
+        with on(self.device), ExitStack() as stack:
             if self.sites.params:
                 args = (*take(inputs, slice(0, 1)), None)
                 with seeded(_root(0)):  # a run finds them, and what it draws is lost

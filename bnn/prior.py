@@ -10,10 +10,11 @@ from bnn import contract
 from bnn.arguments import argument_names, input_call
 from bnn.data import tensors
 from bnn.errors import ModelError
-from bnn.handlers import Capture, alone, branch, quiet_pyro, seeded
+from bnn.handlers import Capture, branch, quiet_pyro, seeded
 from bnn.method import Model, Tensors, check_count
 from bnn.prediction import Prediction, predict
 from bnn.sites import Sites, require_every_row
+from bnn.turns import alone
 
 
 @alone

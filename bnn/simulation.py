@@ -31,24 +31,14 @@ from bnn.arguments import argument_names
 from bnn.calibration.uniform import Uniformity, uniformity
 from bnn.data import tensors
 from bnn.errors import ConvergenceWarning, DataError, FitError, ModelError, outside
-from bnn.handlers import (
-    ALONE,
-    At,
-    Capture,
-    Score,
-    branch,
-    default_dtype,
-    over_draws,
-    quiet_pyro,
-    seeded,
-    threads,
-)
+from bnn.handlers import At, Capture, Score, branch, over_draws, quiet_pyro, seeded, threads
 from bnn.journal import Journal
 from bnn.method import Method, Model, Tensors, check_count
 from bnn.posterior import Posterior
 from bnn.prediction import predict
 from bnn.progress import bar
 from bnn.sites import Sites, require_every_row
+from bnn.turns import ALONE, default_dtype
 from bnn.workers import Workers, first_line, lost
 
 if TYPE_CHECKING:

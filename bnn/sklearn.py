@@ -20,13 +20,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import bnn
-from bnn.handlers import default_dtype
 from bnn.method import Method
 from bnn.models import mlp_classification, mlp_regression
 from bnn.models.likelihoods import Gaussian, Likelihood, StudentT
 from bnn.models.mlp import Activation
 from bnn.models.priors import Prior
 from bnn.prediction import Prediction
+from bnn.turns import default_dtype
 
 
 class _Net(BaseEstimator):

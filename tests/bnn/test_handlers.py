@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import bnn
-from bnn.handlers import ALONE, At, Capture, Rewrite, Score, default_dtype, quiet_pyro, threads
+from bnn.handlers import At, Capture, Rewrite, Score, quiet_pyro, threads
+from bnn.turns import ALONE, default_dtype
 
 X, Y = torch.randn(6, 2), torch.randn(6)
 AT = {"w": torch.tensor([0.5, -1.0])}
