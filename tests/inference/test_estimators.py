@@ -214,6 +214,18 @@ def test_outputs_have_the_law_of_one_draw(model, estimator):
 
 
 @pytest.mark.parametrize("estimator", ROWWISE)
+def test_a_row_has_the_mean_and_variance_of_one_draw(estimator):
+    """T6b in its own words, of the sum over a row's units: within 3 standard errors."""
+    x, count = torch.randn(INPUTS[linear], generator=torch.Generator().manual_seed(1)), 8_000
+    drawn, family, f = outputs(linear, x, ROWWISE[estimator], count)
+    loc, variance = family.moments()
+    exact = (jacrev(f)(loc).sum(1).square() * variance).sum(-1)  # (row,)
+    off = drawn.sum(-1) - f(loc).sum(-1)
+    assert ((off.mean(0) / (exact / count).sqrt()).abs() < 3).all()
+    assert ((off.square().mean(0) / exact - 1).abs() < 3 * math.sqrt(2 / count)).all()
+
+
+@pytest.mark.parametrize("estimator", ROWWISE)
 def test_rows_share_nothing_but_what_has_one_draw(estimator):
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
     drawn, _, _ = outputs(linear, x, ROWWISE[estimator], 4_000)
