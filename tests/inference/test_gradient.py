@@ -327,6 +327,19 @@ def finite_near_its_prior_only(x, y=None):
     observe((300 * x @ w).exp(), y)
 
 
+def one_site_unseen(x, y=None):
+    """The data's slopes are ten million times those of b."""
+    w = pyro.sample("w", weights(4))
+    pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w, 1e-3), obs=y)
+
+
+def _one_site_lost(function, *examples):
+    """b reaches neither value nor slope."""
+    return graph_of(lambda z: function(torch.cat([z[:, :-1], 0 * z[:, -1:]], 1)), *examples)
+
+
 def _shifted(function, *examples):
     """The value a little off, the gradient right."""
     return graph_of(lambda z: (function(z)[0], function(z)[1] + 0.01), *examples)
@@ -356,6 +369,31 @@ def test_a_wrong_graph_is_not_taken(plant, model, monkeypatch):
     assert gradient.route == "vmapped"
     if model is linear:
         assert_equal_to_pyro(gradient)
+
+
+def test_a_graph_that_loses_a_site_whose_slopes_are_small_is_not_taken(monkeypatch):
+    assert gradient_of(one_site_unseen, "traced").route == "traced"
+    monkeypatch.setattr(_gradient, "graph_of", _one_site_lost)
+    assert gradient_of(one_site_unseen, "traced").route == "vmapped"
+
+
+def test_slopes_that_are_rounding_alone_are_no_reason_to_refuse_a_graph():
+    """A shift of all logits moves its own vague prior alone; the rest of its slope is noise."""
+
+    def shifted(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([4, 3]).to_event(2))
+        shift = pyro.sample("shift", dist.Normal(0.0, 1e6))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=100 * x @ w + shift), obs=y)
+
+    data = rows()[0], np.arange(N) % 3
+    gradient = gradient_of(shifted, "traced", data)
+    turned = gradient_of(shifted, "traced", tuple(each[::-1] for each in data))
+    found = [turned(point) for point in gradient._points]  # the same sums in another order
+    last = lambda slopes: slopes[:, -1].abs().max()
+    pairs = [(v, exact) for (_, v), (exact, _) in zip(found, gradient._exact, strict=True)]
+    assert any(last(v - exact) > 0.02 * last(exact) for v, exact in pairs)  # a wrong graph's
+    assert all(gradient._agrees((v, u), k) for k, (u, v) in enumerate(found))
 
 
 @pytest.mark.parametrize("folded", [False, True])
