@@ -28,6 +28,8 @@ from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
 
 _FAR = 1e4  # on the real line: beyond what any transform tells apart
+_BOUND = 2.0  # of the coordinates of a starting point
+_ATTEMPTS, _DRAWN_IN = 100, 20  # at a starting point; those after which it is within +-2
 _FEW = 100  # rows that a model is run on where only its latent sites are looked at
 
 
@@ -222,36 +224,60 @@ class Energy:
             return torch.stack(runs)
         return tuple(torch.stack(each) for each in zip(*runs, strict=True))
 
-    def initial(self, count: int, seed: np.random.SeedSequence, *, spread: float = 2.0) -> Tensor:
-        """Starting points: draws of the prior, each coordinate held within +-spread, (count, size).
+    def initial(
+        self, count: int, seed: np.random.SeedSequence, *, overdispersed: bool = False
+    ) -> Tensor:
+        """Starting points: draws of the prior, each coordinate held within bounds, (count, size).
 
-        A prior draw has the scale that the user gave each weight; the bound keeps vague and
-        heavy-tailed priors from starting where the gradient vanishes. It is around 0, or around
+        A prior draw has the scale that the user gave each weight; bounds of +-2 keep vague and
+        heavy-tailed priors from starting where the gradient vanishes. They are around 0, or around
         the prior's median where 0 is out of the prior's reach (a scale in large units).
 
+        Args:
+            count: of points.
+            seed: of the draws.
+            overdispersed: for chains, which ought to find every mode: the bounds are two standard
+                deviations of the prior where that is more, drawn in to +-2 as far as it takes for
+                rounding errors of the density to stay below 1.
+
         Raises:
-            FitError: no point with a finite density was found.
+            FitError: no point with a finite density and gradient was found.
         """
         if not self.size:
             return torch.zeros(count, 0)
         draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
         centre = torch.where(median.abs() > reach, median, 0.0)
+        low, high = draws.quantile(0.16, 0), draws.quantile(0.84, 0)  # heavy tails have no sd
+        wide = (high - low).clamp_min(_BOUND) if overdispersed else torch.full_like(high, _BOUND)
         points = []
         for chain in range(count):
-            for attempt in range(100):
-                with seeded(branch(seed, chain, attempt)), torch.no_grad():
-                    z = centre + (self._prior_draw() - centre).clamp(-spread, spread)
-                    if torch.isfinite(self.log_joint(z, self.data.tensors)):
+            for attempt in range(_ATTEMPTS):
+                nearer = min(attempt / _DRAWN_IN, 1.0)
+                bound = wide ** (1 - nearer) * _BOUND**nearer
+                with seeded(branch(seed, chain, attempt)):
+                    z = centre + (self._prior_draw() - centre).clamp(-bound, bound)
+                    if self._workable(z, resolved=overdispersed and nearer < 1):
                         points.append(z)
                         break
             else:
                 raise FitError(
-                    "No starting point has a finite log density in 100 draws of the prior. "
-                    "Narrow the priors, or rescale the data.",
+                    "No starting point has a finite log density and gradient in "
+                    f"{_ATTEMPTS} draws of the prior. Narrow the priors, or rescale the data.",
                     step=0,
                 )
         return torch.stack(points)
+
+    def _workable(self, z: Tensor, *, resolved: bool) -> bool:
+        """True if density and gradient are finite, and, if asked, rounding errors below 1."""
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self.log_joint(z, self.data.tensors)
+            if not torch.isfinite(value):
+                return False
+            (slope,) = torch.autograd.grad(value, z)
+        exact = not resolved or float(value.detach().abs()) * torch.finfo(value.dtype).eps < 1
+        return exact and bool(torch.isfinite(slope).all())
 
     def prior_scale(self, seed: np.random.SeedSequence) -> Tensor:
         """Rough prior standard deviation of each coordinate, within [1e-3, 1], (size,)."""

@@ -23,7 +23,12 @@ from tests.exact import (
 )
 
 SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SEED = np.random.SeedSequence(3)
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def energy_of(model, x, y):
+    return Energy(model, *contract.check(model, arguments.read(model, (x, y))))
 
 
 def test_conjugate_regression_is_exact():
@@ -229,17 +234,57 @@ def test_correlations_of_an_lkj_site_are_exact():
 
 def test_chains_start_finite_apart_and_wider_than_the_posterior(regression):
     """Else R-hat, which sees chains come together, would mean nothing."""
-    data, sites = contract.check(
-        regression.model, arguments.read(regression.model, (regression.x, regression.y))
-    )
-    seed = np.random.SeedSequence(3)
-    with quiet_pyro(), seeded(seed):
-        energy = Energy(regression.model, data, sites)
-        starts = energy.initial(64, seed)
-        density = torch.stack([energy.log_joint(z, data.tensors) for z in starts])
+    with quiet_pyro(), seeded(SEED):
+        energy = energy_of(regression.model, regression.x, regression.y)
+        starts = energy.initial(64, SEED, overdispersed=True)
+        density = torch.stack([energy.log_joint(z, energy.data.tensors) for z in starts])
     assert density.isfinite().all()
     assert len(starts.unique(dim=0)) == 64
     assert (starts.std(0) > 3 * torch.as_tensor(regression.sd)).all()
+
+
+def far_apart(x, y=None):
+    """Two modes, at 0 and at 60, of about the same mass, under a prior that reaches both."""
+    w = pyro.sample("w", dist.Normal(0.0, 100.0))
+    mode = dist.Normal(torch.stack([w, w - 60.0]), 1.0)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), mode), obs=y)
+
+
+@pytest.mark.parametrize("method", [bnn.NUTS, bnn.MCLMC], ids=lambda m: m.__name__)
+def test_chains_find_modes_that_are_as_far_apart_as_the_prior_is_wide(method):
+    """And R-hat tells that they do not move between them."""
+    zero = torch.zeros(1)
+    with pytest.warns(bnn.ConvergenceWarning, match="chains disagree"):
+        posterior = bnn.fit(far_apart, zero, zero, method=method(warmup=100, draws=50), seed=1)
+    assert 0.1 < (posterior.draws["w"] > 30).float().mean() < 0.9
+
+
+def counts_of_vague_slopes(x, y=None):
+    """exp of a draw of the prior is infinite, or far above what float32 resolves."""
+    w = pyro.sample("w", dist.Normal(0.0, 30.0).expand([2]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Poisson((x @ w).exp()), obs=y)
+
+
+def slope_of_one_side(x, y=None):
+    """Finite everywhere, but for the slope where w < 0."""
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(torch.where(w > 0, w.sqrt(), -w) * x[:, 0], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("model", [counts_of_vague_slopes, slope_of_one_side])
+def test_chains_start_where_density_and_slope_can_be_computed(model):
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    with quiet_pyro(), seeded(SEED):
+        energy = energy_of(model, x, torch.ones(20))
+        for z in energy.initial(16, SEED, overdispersed=True):
+            z.requires_grad_()
+            value = energy.log_joint(z, energy.data.tensors)
+            (slope,) = torch.autograd.grad(value, z)
+            assert slope.isfinite().all()
+            assert value.abs() < 1 / torch.finfo(value.dtype).eps
 
 
 def test_a_chain_does_not_depend_on_how_many_there_are(regression):
