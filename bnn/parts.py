@@ -116,8 +116,6 @@ class _Sent:
     warned: Sequence[tuple[type[Warning], str]]
 
     def of(self, part: Part) -> Posterior:
-        for category, message in self.warned:
-            warnings.warn(f"{part.name}: {message}", category, stacklevel=outside())
         return Posterior(**{name: getattr(part, name) for name in _KNOWN}, **self.given)
 
 
@@ -211,11 +209,22 @@ def _elsewhere(
     finally:
         run.listening = False
         run.keep_seconds()
-    made = {i: each.of(parts[i]) for i, each in sent.items()}  # while no thread records warnings
+    _tell_warnings({parts[i].name: sent[i].warned for i in sorted(sent)})
+    made = {i: each.of(parts[i]) for i, each in sent.items()}
     run.cut = not all(each.complete for each in made.values())
     if run.cut and not run.stopped:
         run.stopped = "a signal to a worker"
     return made
+
+
+def _tell_warnings(warned: Mapping[str, Sequence[tuple[type[Warning], str]]]) -> None:
+    """Warns here of what was warned of in workers: each once, with the names of its parts."""
+    names: dict[tuple[type[Warning], str], list[str]] = {}
+    for name, its in warned.items():
+        for each in dict.fromkeys(its):
+            names.setdefault(each, []).append(name)
+    for (category, message), its in names.items():
+        warnings.warn(f"{', '.join(its)}: {message}", category, stacklevel=outside())
 
 
 def _told(error: BaseException, part: Part, names: str) -> BaseException:

@@ -195,10 +195,13 @@ def test_a_posterior_of_parts_is_saved_and_loaded(tmp_path):
     assert loaded.method == posterior.method
 
 
-def test_what_parts_warn_of_arrives(pool):
-    method = bnn.MAP(restarts=2, steps=20, learning_rate=1e-5, schedule="constant", parts=2)
-    with pytest.warns(bnn.errors.ConvergenceWarning, match="^restart 0: MAP: the log joint was"):
+def test_what_parts_warn_of_arrives_once_with_their_names(pool):
+    method = bnn.MAP(restarts=2, steps=40, learning_rate=1e-3, schedule="constant", parts=2)
+    said = "^restart 0, restart 1: MAP: the log joint was"
+    with pytest.warns(bnn.errors.ConvergenceWarning, match=said) as caught:
         fit(method, executor=pool)
+    (told,) = [each for each in caught if each.category is bnn.errors.ConvergenceWarning]
+    assert told.filename == __file__
 
 
 def test_threads_leave_warnings_where_they_belong():
