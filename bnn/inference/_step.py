@@ -363,19 +363,14 @@ class Step:
             announce()
             try:
                 graph, trial = self._traced(point, batches)
-            except Exception:  # a branch on a value, an operation without a trace
-                return False
+            except Exception as error:  # a branch on a value, an operation without a trace
+                cure = "Write the model with tensor operations, without branches on values."
+                return _stays_eager(first_line(error), cure)
             try:
                 program = compiled(graph, *trial)
             except Exception as error:
-                warnings.warn(
-                    f"The step could not be compiled ({first_line(error)}), so it runs as the "
-                    "model is written: the same fit, only slower. Is there a C++ compiler (g++ or "
-                    "clang) on the path?",
-                    PerformanceWarning,
-                    stacklevel=outside(),
-                )
-                return False
+                cure = "Is there a C++ compiler (g++ or clang) on the path?"
+                return _stays_eager(first_line(error), cure)
             fixed = batches[0] is batches[1]
             for number, batch in enumerate(batches):
                 if _kinds(batch) != _kinds(batches[0]):
@@ -384,7 +379,7 @@ class Step:
                 exact, tried = _copy(point), _copy(point)
                 (outcome,) = program(*_flat(tried[:-1], () if fixed else tried[-1]))
                 if not _close((*tried[:2], outcome), (*exact[:2], self._eager(*exact)), point[0]):
-                    return False
+                    return _stays_eager("it gave other numbers", "")
         self._use(program, batches[0], fixed)
         return True
 
@@ -472,3 +467,14 @@ def _close(first: Any, second: Any, leaves: Mapping[str, Tensor]) -> bool:
         if float((a - b).abs().max()) > tolerance * float(b.abs().max()):
             return False
     return True
+
+
+def _stays_eager(reason: str, cure: str) -> bool:
+    """Says why a step that ought to be compiled is not; False."""
+    warnings.warn(
+        f"The step could not be compiled ({reason}), so it runs as the model is written: the same "
+        f"fit, only slower. {cure}".rstrip(),
+        PerformanceWarning,
+        stacklevel=outside(),
+    )
+    return False

@@ -207,12 +207,23 @@ class _WithOffset(pyro.nn.PyroModule):
             pyro.sample("y", dist.Normal(x @ w + self.offset, 1.0), obs=y)
 
 
-@pytest.mark.parametrize("model", [_random, _branching, _WithOffset()])
-def test_what_has_no_fixed_graph_stays_eager_without_a_word(regression, hasty, monkeypatch, model):
+@pytest.mark.parametrize("model", [_random, _WithOffset()])
+def test_a_model_of_its_own_draws_or_tensors_stays_eager_without_a_word(
+    regression, hasty, monkeypatch, model
+):
     monkeypatch.setattr(_step, "compiled", _no_compiler)  # would warn
     for method in (bnn.SVI(steps=30, draws=5), bnn.MAP(steps=30, draws=5)):
         posterior = _quietly(model, regression.x, regression.y, method=method)
         assert torch.isfinite(posterior.history).all()
+
+
+def test_a_step_that_cannot_be_traced_is_told_of_once(regression, hasty):
+    method = bnn.SVI(steps=30, draws=5)
+    with pytest.warns(bnn.PerformanceWarning, match="could not be compiled .*branches") as caught:
+        posterior = bnn.fit(_branching, regression.x, regression.y, method=method)
+    (told,) = [each for each in caught if each.category is bnn.PerformanceWarning]
+    assert told.filename == __file__
+    assert torch.isfinite(posterior.history).all()
 
 
 @pytest.mark.parametrize(
@@ -260,8 +271,11 @@ def test_a_wrong_program_is_not_taken(regression, hasty, monkeypatch):
 
     monkeypatch.setattr(_step, "compiled", off)
     method = bnn.SVI(steps=30, draws=5)
-    _, _, route = _both(monkeypatch, regression.model, regression.x, regression.y, method=method)
-    assert route == "eager"
+    with pytest.warns(bnn.PerformanceWarning, match="other numbers"):
+        posterior = bnn.fit(regression.model, regression.x, regression.y, method=method)
+    monkeypatch.setattr(_step, "_COMPILING", float("inf"))
+    plainly = _quietly(regression.model, regression.x, regression.y, method=method)
+    assert torch.equal(posterior.draws["w"], plainly.draws["w"])
 
 
 @pytest.mark.parametrize("compiling", [False, True])
