@@ -62,7 +62,7 @@ def bnn_gradient(problem: Problem, seconds: float, *, lanes: int, route: str) ->
             return skipped(name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     if gradient.route != route:
         return skipped(name, f'bnn took the route "{gradient.route}"')
-    z = energy.initial(lanes, seed)
+    z = energy.starts(lanes, seed)
 
     def timed() -> float:
         with quiet_pyro(), torch.no_grad():

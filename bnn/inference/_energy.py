@@ -21,7 +21,7 @@ from torch.distributions import ComposeTransform, IndependentTransform
 from torch.func import vmap
 
 from bnn.data import Data, take
-from bnn.errors import FitError, ModelError, PerformanceWarning, outside
+from bnn.errors import ApproximationWarning, FitError, ModelError, PerformanceWarning, outside
 from bnn.handlers import At, Capture, NotFinite, Score, branch, seeded
 from bnn.inference._compile import first_line
 from bnn.method import Model, Tensors
@@ -30,6 +30,7 @@ from bnn.sites import Sites, to_support
 _FAR = 1e4  # on the real line: beyond what any transform tells apart
 _BOUND = 2.0  # of the coordinates of a starting point
 _ATTEMPTS, _DRAWN_IN = 100, 20  # at a starting point; those after which it is within +-2
+_SAME = 1e-4  # relative difference of two runs that are the same but for the order of sums
 _FEW = 100  # rows that a model is run on where only its latent sites are looked at
 
 
@@ -224,7 +225,26 @@ class Energy:
             return torch.stack(runs)
         return tuple(torch.stack(each) for each in zip(*runs, strict=True))
 
-    def initial(
+    def initial(self, count: int, seed: np.random.SeedSequence) -> Tensor:
+        """`starts` of ascents; warns where a model is random by itself, as samplers refuse it."""
+        points = self.starts(count, seed)
+        if self.size and not self.sites.subsampled:
+            args = self.data.tensors
+            with seeded(branch(seed, 0, _ATTEMPTS)), torch.no_grad():
+                first, second = (self.log_joint(points[0], args) for _ in range(2))
+            if not torch.isclose(first, second, rtol=_SAME):
+                warnings.warn(
+                    "The model is random beyond its sample statements: two runs at the same values "
+                    f"have the log densities {float(first):.4g} and {float(second):.4g}. The fit "
+                    "is to the mean over that noise, which stays in predictions and is no part of "
+                    "the draws. Is a dropout layer in training mode? Call net.eval(), or use "
+                    "MCDropout(), whose draws are its masks.",
+                    ApproximationWarning,
+                    stacklevel=outside(),
+                )
+        return points
+
+    def starts(
         self, count: int, seed: np.random.SeedSequence, *, overdispersed: bool = False
     ) -> Tensor:
         """Starting points: draws of the prior, each coordinate held within bounds, (count, size).

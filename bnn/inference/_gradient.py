@@ -71,7 +71,7 @@ class Gradient:
 
         self._potential = potential
         self._vmapped = vmap(grad_and_value(potential))
-        points = [energy.initial(lanes, branch(seed, 3))]
+        points = [energy.starts(lanes, branch(seed, 3))]
         points += [
             torch.randn(lanes, energy.size, generator=generator(branch(seed, k))) * scale
             for k, scale in enumerate((0.5, 0.5, 1.0))

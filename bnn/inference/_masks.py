@@ -126,7 +126,7 @@ def find(
         ModelError: it drops inside of a larger operation.
     """
     with Dropping({}):  # its own masks would make the start depend on them
-        z = energy.initial(1, seed)[0]
+        z = energy.starts(1, seed)[0]
     with seeded(seed):
         return z, _layout(energy, z.clone(), args)
 

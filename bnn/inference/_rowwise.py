@@ -150,7 +150,7 @@ class Rowwise:
 
 def row_sites(energy: Energy, seed: np.random.SeedSequence) -> dict[str, RowSite]:
     """The weights of linear maps that each row may draw for itself, by site."""
-    z = energy.initial(1, seed)[0]
+    z = energy.starts(1, seed)[0]
     real = {slot.name for slot in energy.slots if slot.real}
     run = _Cut(energy, z, real, set())
     sites = {name for name in run.maps if run.by_row(name) and not run.reached(name)}

@@ -200,7 +200,7 @@ def _check_used(
     Each entry by as much as chance says: what a norm or a softmax takes out leaves nothing of a
     shift that is the same for all units.
     """
-    z, args, sites = energy.initial(1, branch(seed, 0))[0], energy.data.tensors, energy.sites
+    z, args, sites = energy.starts(1, branch(seed, 0))[0], energy.data.tensors, energy.sites
 
     def densities(rules: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
         score = Score(sites.plate, by_row=apart)

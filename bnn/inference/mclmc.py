@@ -130,7 +130,7 @@ class MCLMC(Method):
             gradient.hasten(_STEPS * rounds, announce)
             sampler = Sampler(
                 gradient,
-                energy.initial(self.chains, branch(seed, 0), overdispersed=True).cpu().numpy(),
+                energy.starts(self.chains, branch(seed, 0), overdispersed=True).cpu().numpy(),
                 np.stack(streams),
                 np.random.default_rng(branch(seed, 3)),
                 target=self.target_accept,

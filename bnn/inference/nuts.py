@@ -116,7 +116,7 @@ class NUTS(Method):
 
         energy = Energy(model, data, sites)
         lanes = self.abreast
-        start = energy.initial(lanes, branch(seed, 0), overdispersed=True).cpu().numpy()
+        start = energy.starts(lanes, branch(seed, 0), overdispersed=True).cpu().numpy()
         streams = [branch(seed, 2, lane).generate_state(4, np.uint64) for lane in range(lanes)]
         with bar(self.warmup + self.draws, "NUTS", progress) as shown:
             shown.set_postfix_str("tracing the model")

@@ -380,3 +380,25 @@ def test_compare_takes_them_all(fits, data):
     assert table["log_score"].is_monotonic_decreasing
     buffer = io.StringIO()
     table.to_csv(buffer)
+
+
+def dropping(x, y=None):
+    """A net whose dropout is in training mode."""
+    model(torch.nn.functional.dropout(x, 0.5), y)
+
+
+UNTOLD = (*SEAMED, "svi_autoguide")  # other models, and Pyro's own path
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in UNTOLD])
+def test_no_model_that_is_random_by_itself_is_fitted_without_a_word(data, name):
+    """Samplers and what states a rate or a function of its own refuse it, the others warn."""
+    refused = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            bnn.fit(dropping, *data, method=METHODS[name])
+        except (bnn.ModelError, bnn.FitError) as error:
+            refused = str(error)
+    told = [refused, *(str(each.message) for each in caught)]
+    assert any("random beyond" in t or "net drops" in t or "two runs" in t for t in told), told

@@ -236,7 +236,7 @@ def test_chains_start_finite_apart_and_wider_than_the_posterior(regression):
     """Else R-hat, which sees chains come together, would mean nothing."""
     with quiet_pyro(), seeded(SEED):
         energy = energy_of(regression.model, regression.x, regression.y)
-        starts = energy.initial(64, SEED, overdispersed=True)
+        starts = energy.starts(64, SEED, overdispersed=True)
         density = torch.stack([energy.log_joint(z, energy.data.tensors) for z in starts])
     assert density.isfinite().all()
     assert len(starts.unique(dim=0)) == 64
@@ -279,7 +279,7 @@ def test_chains_start_where_density_and_slope_can_be_computed(model):
     x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     with quiet_pyro(), seeded(SEED):
         energy = energy_of(model, x, torch.ones(20))
-        for z in energy.initial(16, SEED, overdispersed=True):
+        for z in energy.starts(16, SEED, overdispersed=True):
             z.requires_grad_()
             value = energy.log_joint(z, energy.data.tensors)
             (slope,) = torch.autograd.grad(value, z)
