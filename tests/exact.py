@@ -267,6 +267,26 @@ def check_bootstrap_by_deep_ensemble(kind: str = "exponential", **settings) -> N
     assert ((draws - mode).abs() < gap * exact.sd).all(), (draws - mode) / exact.sd
 
 
+def check_bootstrap_by_randomized_priors(kind: str = "exponential", **settings) -> None:
+    """Each member's w + w~ is the mode under its weights, of y and a prior around its own w~."""
+    from bnn.fitting import seed_sequence
+    from bnn.handlers import branch
+    from bnn.inference._ensemble import bootstrap
+
+    exact, members = Regression.make(), 20
+    method = bnn.RandomizedPriors(**{"members": members, "bootstrap": kind} | settings)
+    draws = bnn.fit(exact.model, exact.x, exact.y, method=method, seed=1).draws
+    start, trained = draws["prior.w"][0], draws["w"][0]
+    weights = bootstrap(kind, members, 50, branch(seed_sequence(1), 5))["weights"]
+    weighed = weights[:, :, None] * exact.x  # (member, row, column)
+    precision = torch.eye(2) + weighed.transpose(1, 2) @ exact.x
+    pull = torch.einsum("mrc,mr->mc", weighed, exact.y - start @ exact.x.T)
+    mode = torch.linalg.solve(precision, pull)
+    unweighed = (exact.y - start @ exact.x.T) @ exact.x @ exact.cov
+    assert ((mode - unweighed).abs().mean(0) > 0.3 * exact.sd).all()  # weights make a difference
+    assert ((trained - mode).abs() < 0.02 * exact.sd).all(), (trained - mode) / exact.sd
+
+
 def check_chains_differ() -> None:
     exact = Regression.make()
     method = nuts(warmup=50, draws=20)

@@ -19,6 +19,11 @@ def test_the_rate_is_that_of_a_grid_from_either_start():
     assert abs(low - high) < 0.02
 
 
+def test_minibatches_count_the_regularisers_once():
+    """A share of them for each minibatch, the commonest mistake, would raise the rate."""
+    exact.check_rate_by_concrete_dropout(batch_size=5)
+
+
 @pytest.mark.slow
 def test_the_rate_falls_with_the_number_of_rows():
     generator, rates = torch.Generator().manual_seed(0), []

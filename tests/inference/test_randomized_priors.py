@@ -28,6 +28,11 @@ def test_minibatches_take_each_members_own_targets_and_function_along():
     exact.check_regression_by_randomized_priors(batch_size=25, **SHORT)
 
 
+@pytest.mark.parametrize("kind", ["bernoulli", "exponential", "resample"])
+def test_each_member_is_the_optimum_under_its_own_weights(kind):
+    exact.check_bootstrap_by_randomized_priors(kind, **SHORT)
+
+
 def test_three_weights_of_known_scale_and_noise():
     """T1 of Osband's theorem: 20 rows, 500 members; each sd within 15 % and means in 3 errors."""
     draws = torch.Generator().manual_seed(0)
@@ -212,13 +217,28 @@ def test_the_scale_of_the_noise_is_trained_as_the_model_states_it(regression):
         torch.testing.assert_close(draws["sigma"].square(), square, rtol=1e-3, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::bnn.errors.ApproximationWarning")
 def test_labels_take_their_function_on_the_logits():
-    x, y = torch.randn(60, 2), torch.randint(3, (60,))
-    model = bnn.models.mlp_classification(2, 3, hidden=(5,))
-    posterior = bnn.fit(model, x, y, method=FEW)
-    assert posterior.predict(x).f.shape == (1, 10, 60, 3)
-    far = posterior.predict(20 * x)
-    assert (far.mutual_information > 0).all()
+    """Logistic regression with an offset: w is where X'(y - p(X w + g)) = w."""
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", torch.stack([0 * x[:, 0], x @ w], 1), event_dim=1)
+            pyro.sample("y", dist.Categorical(logits=f), obs=y)
+
+    offset = lambda x: torch.stack([0 * x[:, 0], 2 * x[:, 1]], 1)
+    method = bnn.RandomizedPriors(members=2, prior=offset, **SHORT)
+    posterior = bnn.fit(model, x, y, method=method)
+    for w in posterior.draws["w"][0]:
+        probability = torch.sigmoid(x @ w + 2 * x[:, 1])
+        torch.testing.assert_close(x.T @ (y - probability), w, rtol=0, atol=0.02)
+        slope = x.T @ (y - torch.sigmoid(x @ w)) - w
+        assert slope.abs().max() > 1  # and far from the optimum without g
+    logits = posterior.predict(x).f[0]
+    torch.testing.assert_close(logits[..., 1], posterior.draws["w"][0] @ x.T + 2 * x[:, 1])
     with pytest.raises(bnn.ModelError, match="bootstrap"):
         bnn.fit(model, x, y, method=bnn.RandomizedPriors(noise=0.1))
 
