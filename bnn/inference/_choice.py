@@ -90,8 +90,10 @@ def _behind(energy: Energy, z: Tensor, last: LinearMap) -> list[str]:
     return found
 
 
-def check_memory(joint: Joint, structure: str, limit: float) -> None:
+def check_memory(joint: Joint, structure: str, limit: float, restarts: int) -> None:
     """Refuses a curvature that would take more than `limit` gigabytes, before any work.
+
+    While one is worked on there are several copies of it; of each other restart one is kept.
 
     Raises:
         ModelError: with the number of gigabytes, and what takes fewer.
@@ -104,13 +106,15 @@ def check_memory(joint: Joint, structure: str, limit: float) -> None:
         sizes["kron"] += 2 * (entries.shape[0] ** 2 + entries.shape[1] ** 2) + entries.numel()
         left -= entries.numel()
     sizes["kron"] += left**2 if block_of_rest(left) == "full" else left
-    need = {k: _COPIES * _BYTES * numbers / 1e9 for k, numbers in sizes.items()}
+    copies = _COPIES + restarts - 1
+    need = {k: copies * _BYTES * numbers / 1e9 for k, numbers in sizes.items()}
     if need[structure] <= limit:
         return
+    modes = f" at {restarts} modes" if restarts > 1 else ""
     fits = [f'"{k}" ({need[k]:.2g} GB)' for k in ("kron", "diag") if need[k] <= limit]
     raise ModelError(
         f'Laplace(structure="{structure}") needs about {need[structure]:.3g} GB for the curvature '
-        f"of {size} numbers, and memory={limit:g} allows {limit:g} GB. "
+        f"of {size} numbers{modes}, and memory={limit:g} allows {limit:g} GB. "
         + (f"Use structure={' or '.join(fits)}" if fits else "Fit fewer sites")
         + ', "last_layer", sites=(...), or raise memory.'
     )

@@ -23,6 +23,7 @@ _ROUNDS = 5  # of a new H and a climb with it
 _PASSES = 40  # gradients in a climb
 _CLOSE = 1e-3  # posterior standard deviations from the mode: near enough
 _DOUBTFUL, _WRONG = 0.1, 0.5  # and of these the first is warned of, the second refused
+_RISE, _FAR = 0.1, 1.0  # nats that held sites would gain: the same
 Shape = Callable[[Joint, Tensor], Precision]
 
 
@@ -175,11 +176,48 @@ def _tell(joint: Joint, slope: Tensor, left: Tensor) -> None:
         f'the gradient ({float(slope[entry]):.3g}) would still move entry {place} of "{site}" by '
         f"{float(left[entry]):.2g} posterior standard deviations"
     )
+    _doubt(found, site, refused=not left.max() <= _WRONG)
+
+
+def check_rise(mode: Mode) -> None:
+    """Refuses, or warns of, a mode of some sites around which the others are at none.
+
+    One step along their gradient, as long as its curvature asks for, tells how much they would gain
+    at least: a bound from below, of a climb that has not ended.
+
+    Raises:
+        FitError: a nat or more.
+    """
+    joint = mode.joint
+    free = {slot.name for slot in joint.slots}
+    others = [slot.name for slot in joint.energy.slots if slot.name not in free]
+    if not others:
+        return
+    around = Joint(joint.energy, joint.data, joint.batch_size, mode.z.detach(), others)
+    s = around.start.double()
+    value, slope = around.gradient(s)
+    size = slope.norm()
+    if not size > 0:
+        return
+    ahead = slope / size
+    curvature = -(ahead @ (around.gradient(s + _CLOSE * ahead)[1] - slope)) / _CLOSE
+    step = min(float(size / curvature), 1.0) if curvature > 0 else _DOUBTFUL
+    rise = max(around.gradient(s + part * step * ahead)[0] - value for part in (1.0, 0.25))
+    if rise > _RISE:
+        site, _ = around.name(int(slope.abs().argmax()))
+        found = (
+            f'one step of "{site}" and what else is held would raise the log joint by {rise:.2g}'
+        )
+        _doubt(found, site, refused=rise > _FAR)
+
+
+def _doubt(found: str, site: str, *, refused: bool) -> None:
+    """Raises what was found, or warns of it."""
     cure = (
         "Raise steps, pass a larger batch_size, or replace what has kinks (ReLU by tanh or "
         "softplus): at a kink no gradient vanishes."
     )
-    if not left.max() <= _WRONG:
+    if refused:
         raise FitError(f"Laplace is not at a mode: {found}. {cure}", site=site)
     warnings.warn(
         f"Laplace is only near a mode: {found}. {cure}", ConvergenceWarning, stacklevel=outside()

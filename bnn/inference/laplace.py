@@ -5,8 +5,9 @@
 
 z is the model's sites on the real line, the Jacobian of that map included (MAP's mode leaves it
 out): the Gaussian is one there, and draws are mapped back. Adam climbs, L-BFGS in units of the
-posterior ends at a mode, and a fit that is not at one is refused. The curvature takes one pass over
-all rows, whatever the size of the minibatches.
+posterior ends at a mode, and a fit that is not at one is refused. Sites that are held stay where
+Adam left them, and are refused where one step along their gradient gains a nat. The curvature takes
+one pass over all rows, whatever the size of the minibatches.
 
 When not to use it: several modes, or a mode far from the mass (funnels, latent scales of many
 weights); ReLU kinks, where no gradient vanishes. Draws of a net leave the region in which it is
@@ -30,7 +31,7 @@ from bnn.inference._evidence import scaled, tuned
 from bnn.inference._joint import Joint
 from bnn.inference._linearize import PREFIX, linearized, require_f
 from bnn.inference._members import Members
-from bnn.inference._mode import drawn, polish
+from bnn.inference._mode import check_rise, drawn, polish
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._precision import Precision
 from bnn.inference._whitened import check_held
@@ -65,7 +66,7 @@ class Laplace(Optimised):
             alone. The values are in `params`, as "tuned.<site>".
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
-        memory: gigabytes that the curvature may take.
+        memory: gigabytes that the curvature of all restarts may take.
         parts: fits that the restarts are divided into, for `fit(executor=)`.
 
     `Posterior.log_evidence` is the largest of the restarts, given the tuned values where there are
@@ -131,7 +132,7 @@ class Laplace(Optimised):
         free = chosen(energy, starts[0], self.structure, self.sites)
         whole = len(free) == len(energy.slots)
         joint = Joint(energy, data, self.batch_size, starts[0], free)
-        check_memory(joint, self.structure, self.memory)
+        check_memory(joint, self.structure, self.memory, self.restarts)
         members = Members(self.restarts, energy, energy.terms, data, self.batch_size)
         with seeded(branch(seed, 2)), parameters(model, data.tensors) as leftovers:
             if self.hessian == "ggn":
@@ -158,6 +159,7 @@ class Laplace(Optimised):
                 if self.tune is not None:
                     joint, values = tuned(joint, sites, self._precision, self.tune, factors)
                 modes.append(polish(joint, self._precision))
+                check_rise(modes[-1])
             evidence = max(mode.log_evidence(values.keys() - factors.keys()) for mode in modes)
             params = constrained_parameters() | {TUNED + k: v for k, v in values.items()}
         if self.predictive == "linearized":

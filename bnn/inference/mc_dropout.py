@@ -10,8 +10,8 @@ of precision tau and the loss |y - f|^2 / 2 per row that is lambda = (1 - rate) 
 Under other priors it is sampled.
 
 A draw is one mask for every row: draws are weights, to be compared with those of other methods, and
-functions. Torch's own dropout draws a mask for each row. Of a net's own dropout whose output does not
-go straight into one linear map, the mask is a site of its own, and weights are those without it.
+functions. Torch's own dropout draws a mask for each row. Of a net's own dropout whose output does
+not go straight into one linear map, the mask is a site of its own, and weights are those without.
 
 When not to use it: where doubt should fall with the number of rows. The variance of the masks,
 rate / (1 - rate) times the squares of the weights, is a setting and not learned (see

@@ -75,6 +75,13 @@ def test_widths_are_those_of_the_posterior(hessian, regression):
     torch.testing.assert_close(one, 1 / torch.linalg.inv(regression.cov.double()).diagonal())
 
 
+def test_draws_of_a_fit_are_as_wide_as_the_posterior_to_a_thousandth(regression):
+    """Of eight million, whose sd has a relative error of .00025."""
+    w = fit(regression.model, regression.x, regression.y, draws=8_000_000).draws["w"][0]
+    ratio = w.double().std(0) / regression.sd
+    assert ((ratio - 1).abs() < 1e-3).all(), ratio
+
+
 def test_sites_of_the_rows_are_part_of_the_gaussian():
     """y = w + u_i + noise with all scales 1; no run on one row shows all sites."""
 
@@ -459,12 +466,38 @@ def test_linearized_f_is_the_tangent_at_the_mode(wave, tmp_path):
 
 
 def test_linearized_predictions_keep_what_stands_behind_f():
-    """The noise is that of the draw, and a label's probabilities are of the linear logits."""
+    """The noise is that of the draw."""
     x = torch.linspace(-1, 1, 30)[:, None]
     model = mlp_regression(1, (3,))
     posterior = fit(model, x, x[:, 0] ** 2, steps=1_000, predictive="linearized", draws=200)
     noise = posterior.draws["sigma"].square().mean()
     torch.testing.assert_close(posterior.predict(x).aleatoric, noise.expand(30))
+
+
+def test_probabilities_of_labels_are_of_the_linear_logits(wave):
+    x, _ = wave
+    y = (x[:, 0].abs() > 1).long()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1], 4]).to_event(2))
+        v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([4, 2]).to_event(2))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", torch.tanh(x @ w) @ v, event_dim=1)
+            pyro.sample("y", dist.Categorical(logits=f), obs=y)
+
+    posterior = fit(model, x, y, steps=1_000, predictive="linearized", draws=50)
+    w, v = (posterior.params[f"mode.{k}"] for k in ("w", "v"))
+    f = lambda w, v: torch.tanh(x @ w) @ v
+    away = [posterior.draws[k][0] - m for k, m in (("w", w), ("v", v))]
+    each = [torch.func.jvp(f, (w, v), (dw, dv))[1] for dw, dv in zip(*away, strict=True)]
+    logits = f(w, v) + torch.stack(each)
+    prediction = posterior.predict(x)
+    torch.testing.assert_close(prediction.f[0], logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(prediction.probs, logits.softmax(-1).mean(0), rtol=0, atol=1e-3)
+    bent = torch.stack(
+        [f(*draw) for draw in zip(*(posterior.draws[k][0] for k in ("w", "v")), strict=True)]
+    )
+    assert (logits - bent).abs().max() > 0.1  # not the sampled one
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -672,6 +705,17 @@ def test_a_kink_is_refused():
         fit(kinked, ones, 2 * ones)
 
 
+@pytest.mark.parametrize("held", [{"structure": "last_layer"}, {"sites": ("layers.1.weight",)}])
+def test_held_sites_that_are_at_no_mode_are_refused(held, wave):
+    x, y = wave[0][:, :1], wave[1]
+    model = mlp_regression(1, (10,))
+    with pytest.raises(bnn.FitError, match="what else is held would raise the log joint by"):
+        fit(model, x, y, steps=1, **held)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Laplace is only near a mode")
+        fit(model, x, y, steps=3_000, schedule="plateau", **held)
+
+
 def test_a_big_hessian_is_refused_with_numbers_before_any_work():
     x, y = torch.randn(10, 4), torch.randn(10)
     model = mlp_regression(4, (200, 200))
@@ -679,6 +723,8 @@ def test_a_big_hessian_is_refused_with_numbers_before_any_work():
         fit(model, x, y)
     with pytest.raises(bnn.ModelError, match='"diag"'):
         fit(model, x, y, structure="kron", memory=0.003)
+    with pytest.raises(bnn.ModelError, match=r"needs about 343 GB .* 41402 numbers at 20 modes"):
+        fit(model, x, y, restarts=20)
 
 
 def test_a_gradient_that_is_no_number_is_no_mode():
