@@ -8,8 +8,9 @@ reached from its own draw of the prior, over its own order of the rows; with a b
 count w_ki times, weights of mean 1 that stay for the whole fit. p(y | x) is the mixture of the
 members with equal weights: their noise is aleatoric, their disagreement epistemic. Likelihood and
 prior are the model's: a predicted scale (`likelihoods.Gaussian("predicted")`) gives the paper's
-heteroscedastic nets. Plain maximum likelihood, as in the paper, is a prior so wide that it does
-not matter; starting points are then held within +-2 in each coordinate.
+heteroscedastic nets. The paper has no prior: one of 1/sqrt(inputs) comes near to that as rows
+come. A vague one does not: members start at its draws, held within +-2 in each coordinate, and a
+net whose weights are all so large is hard to train.
 
 Adversarial training replaces the log likelihood by its mean over x and x', each row moved to where
 its own density falls fastest,

@@ -56,14 +56,15 @@ class Laplace(Optimised):
     Attributes:
         structure: "full"; "kron" (a Kronecker product for each linear map, bias included, one
             dense or diagonal block for the rest); "diag"; "last_layer" (full, of the last linear
-            map whose weight is a site, and its bias; noise, and a bias added by hand, are held).
+            map whose weight is a site, and its bias; noise, a bias added by hand and, of two heads,
+            the one that is called first are held).
         hessian: "ggn", the generalised Gauss-Newton matrix: never indefinite through the
             likelihood, and the Hessian where the model is linear; or "exact".
         sites: names of the sites that the Gaussian is of, None for all; others stay at the mode.
         predictive: "sampled" runs the model at each draw, "linearized" with f linear in z.
-        tune: sets by maximum evidence (of nets nearly) a factor of the scale of Normal priors, one
-            for all ("global") or each site ("site"), and noise that is not held; or for named sites
-            alone. The values are in `params`, as "tuned.<site>".
+        tune: sets by maximum evidence (of nets nearly, and the nearest of several) a factor of the
+            scale of Normal priors, one for all ("global") or each site ("site"), and noise that is
+            not held; or for named sites alone. The values are in `params`, as "tuned.<site>".
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
         memory: gigabytes that the curvature of all restarts may take.
