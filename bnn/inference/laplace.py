@@ -3,11 +3,9 @@
     p(z | data) ~ N(z*, H^-1),   z* = argmax log p(data, z),   H = -d2 log p(data, z*) / dz2
     log p(data) ~ log p(data, z*) + size/2 log 2 pi - 1/2 log det H
 
-z is the model's sites on the real line, the Jacobian of that map included (MAP's mode leaves it
-out): the Gaussian is one there, and draws are mapped back. Adam climbs, L-BFGS in units of the
-posterior ends at a mode, and a fit that is not at one is refused. Sites that are held stay where
-Adam left them, and are refused where one step along their gradient gains a nat. The curvature takes
-one pass over all rows, whatever the size of the minibatches.
+z is the sites on the real line, the Jacobian of that map included (MAP's mode leaves it out). Adam
+climbs, L-BFGS in units of the posterior ends at a mode, and a fit that is not at one is refused; so
+are held sites, where a step along their gradient gains a nat. The curvature takes one pass of rows.
 
 When not to use it: several modes, or a mode far from the mass (funnels, latent scales of many
 weights); ReLU kinks, where no gradient vanishes. Draws of a net leave the region in which it is
@@ -56,8 +54,7 @@ class Laplace(Optimised):
     Attributes:
         structure: "full"; "kron" (a Kronecker product for each linear map, bias included, one
             dense or diagonal block for the rest); "diag"; "last_layer" (full, of the last linear
-            map whose weight is a site, and its bias; noise, a bias added by hand and, of two heads,
-            the one that is called first are held).
+            map whose weight is a site, and its bias; noise and what else is not in it are held).
         hessian: "ggn", the generalised Gauss-Newton matrix: never indefinite through the
             likelihood, and the Hessian where the model is linear; or "exact".
         sites: names of the sites that the Gaussian is of, None for all; others stay at the mode.
