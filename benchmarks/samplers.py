@@ -143,6 +143,7 @@ def numpyro_nuts(
 SAMPLERS: dict[str, Callable[..., Sample]] = {
     "bnn-nuts": partial(bnn_sampler, method="NUTS"),
     "bnn-nuts-short": partial(bnn_sampler, method="NUTS", warmup=100),
+    **{f"bnn-nuts-{n}": partial(bnn_sampler, method="NUTS", chains=n) for n in (4, 64)},
     "bnn-mclmc": partial(bnn_sampler, method="MCLMC"),
     "pyro-nuts": pyro_nuts,
     **{

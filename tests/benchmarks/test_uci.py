@@ -129,8 +129,11 @@ def test_every_method_has_the_same_budget():
         five = uci.Entry("MAP", {"restarts": 5}).method("yacht", rows, 1_000)
         assert (one.steps, five.steps) == (1_000, 200)
         assert one.batch_size == (None if rows == 300 else uci.ROWS)
-        nuts = uci.Entry("NUTS", shares={"draws": 1.0}).method("yacht", rows, 64_000)
-        assert nuts.draws == 64_000 // 16 // max(1, rows // uci.ROWS)  # of all rows, 16 chains
+        nuts = uci.Entry("NUTS", {"max_tree_depth": 2}, shares={"draws": 1.0})
+        draws = nuts.method("yacht", rows, 192_000).draws  # of three gradients, 16 chains
+        assert draws == 4_000 // max(1, rows // uci.ROWS)  # of all rows
+        less = uci.Entry("MAP", enough={"yacht": 0.25}).method("yacht", rows, 1_000)
+        assert less.steps == 250
 
 
 def test_what_took_more_than_the_budget_is_told_and_is_not_the_best(capsys):
