@@ -30,7 +30,6 @@ from bnn.sites import Sites, to_support
 _FAR = 1e4  # on the real line: beyond what any transform tells apart
 _BOUND = 2.0  # of the coordinates of a starting point
 _ATTEMPTS, _DRAWN_IN = 100, 20  # at a starting point; those after which it is within +-2
-_SAME = 1e-4  # relative difference of two runs that are the same but for the order of sums
 _FEW = 100  # rows that a model is run on where only its latent sites are looked at
 
 
@@ -232,7 +231,7 @@ class Energy:
             args = self.data.tensors
             with seeded(branch(seed, 0, _ATTEMPTS)), torch.no_grad():
                 first, second = (self.log_joint(points[0], args) for _ in range(2))
-            if not torch.isclose(first, second, rtol=_SAME):
+            if not torch.equal(first.nan_to_num(), second.nan_to_num()):
                 warnings.warn(
                     "The model is random beyond its sample statements: two runs at the same values "
                     f"have the log densities {float(first):.4g} and {float(second):.4g}. The fit "
@@ -258,7 +257,7 @@ class Energy:
             seed: of the draws.
             overdispersed: for chains, which ought to find every mode: the bounds are two standard
                 deviations of the prior where that is more, drawn in to +-2 as far as it takes for
-                rounding errors of the density to stay below 1.
+                rounding errors of the density to stay below 1. Their gradient is finite too.
 
         Raises:
             FitError: no point with a finite density and gradient was found.
@@ -268,8 +267,10 @@ class Energy:
         draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
         centre = torch.where(median.abs() > reach, median, 0.0)
-        low, high = draws.quantile(0.16, 0), draws.quantile(0.84, 0)  # heavy tails have no sd
-        wide = (high - low).clamp_min(_BOUND) if overdispersed else torch.full_like(high, _BOUND)
+        wide = torch.full_like(median, _BOUND)
+        if overdispersed:
+            low, high = draws.quantile(0.16, 0), draws.quantile(0.84, 0)  # heavy tails have no sd
+            wide = (high - low).clamp_min(_BOUND)
         points = []
         for chain in range(count):
             for attempt in range(_ATTEMPTS):
@@ -277,7 +278,7 @@ class Energy:
                 bound = wide ** (1 - nearer) * _BOUND**nearer
                 with seeded(branch(seed, chain, attempt)):
                     z = centre + (self._prior_draw() - centre).clamp(-bound, bound)
-                    if self._workable(z, resolved=overdispersed and nearer < 1):
+                    if self._workable(z, slope=overdispersed, resolved=nearer < 1):
                         points.append(z)
                         break
             else:
@@ -288,16 +289,20 @@ class Energy:
                 )
         return torch.stack(points)
 
-    def _workable(self, z: Tensor, *, resolved: bool) -> bool:
-        """True if density and gradient are finite, and, if asked, rounding errors below 1."""
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
+    def _workable(self, z: Tensor, *, slope: bool, resolved: bool) -> bool:
+        """True if the density is finite; for a chain its slope too, and rounding errors below 1."""
+        z = z.detach().requires_grad_(slope)
+        with torch.set_grad_enabled(slope):
             value = self.log_joint(z, self.data.tensors)
-            if not torch.isfinite(value):
-                return False
-            (slope,) = torch.autograd.grad(value, z)
-        exact = not resolved or float(value.detach().abs()) * torch.finfo(value.dtype).eps < 1
-        return exact and bool(torch.isfinite(slope).all())
+        finite, size = bool(torch.isfinite(value)), float(value.detach().abs())
+        if not finite or not slope:
+            return finite
+        if resolved and size * torch.finfo(value.dtype).eps >= 1:
+            return False
+        if not value.requires_grad:
+            return True
+        (found,) = torch.autograd.grad(value, z, allow_unused=True)
+        return found is None or bool(torch.isfinite(found).all())
 
     def prior_scale(self, seed: np.random.SeedSequence) -> Tensor:
         """Rough prior standard deviation of each coordinate, within [1e-3, 1], (size,)."""

