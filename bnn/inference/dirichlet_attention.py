@@ -135,7 +135,7 @@ class DirichletAttention(Optimised):
             leaves = self._rule.leaves(found)
         attended = Attended(model, self._rule, leaves)
         energy = Energy(attended, data, rest)
-        loc = energy.initial(1, branch(seed, 1))[0]
+        loc = energy.starts(1, branch(seed, 1))[0]  # it draws attention anew: no fault
         family = FAMILIES[self.weights](loc, 0.1 * energy.prior_scale(branch(seed, 2)))
         bound = Bound(energy, family, rest, rowwise=attended)
 
