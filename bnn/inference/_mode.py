@@ -203,19 +203,20 @@ def _check_rise(mode: Mode) -> None:
     s = around.start.double()
     value, slope = around.gradient(s)
     size = slope.norm()
-    if not size > 0:
+    if size == 0:
         return
     ahead = slope / size
     curvature = -(ahead @ (around.gradient(s + _CLOSE * ahead)[1] - slope)) / _CLOSE
     step = min(float(size / curvature), 1.0) if curvature > 0 else _DOUBTFUL
-    rise = max(around.gradient(s + part * step * ahead)[0] - value for part in (1.0, 0.25))
+    rises = [around.gradient(s + part * step * ahead)[0] - value for part in (1.0, 0.25)]
+    rise = max((rise for rise in rises if not math.isnan(rise)), default=math.nan)
     rise -= _ROUNDING * torch.finfo(joint.base.dtype).eps * abs(value)
-    if rise > _RISE:
+    if not rise <= _RISE:  # nor is NaN
         site, _ = around.name(int(slope.abs().argmax()))
         found = (
             f'one step of "{site}" and what else is held would raise the log joint by {rise:.2g}'
         )
-        _doubt(found, site, refused=rise > _FAR)
+        _doubt(found, site, refused=not rise <= _FAR)
 
 
 def _doubt(found: str, site: str, *, refused: bool) -> None:
