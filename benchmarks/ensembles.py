@@ -24,7 +24,7 @@ from benchmarks.common import (
 )
 
 RATE, BATCH = 1e-3, 128
-CASES = {"M": (10, 40), "XL": (10,)}  # members, by problem
+CASES = dict.fromkeys(("M", "XL"), (10, 40))  # members, by problem
 LOOP = "Python loop, one net after another"
 DEMO = {"members": 40, "steps": 1_000, "learning_rate": 0.02, "schedule": "cosine"}
 Timed = Callable[[], float]
