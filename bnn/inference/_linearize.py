@@ -99,7 +99,9 @@ def require_f(model: Model, data: Data, sites: Sites) -> None:
         )
     scores = []
     for away in (0.0, 0.125):  # not the same everywhere: a softmax does not see what is
-        ramp = lambda f, a=away: f + a * torch.arange(f.numel()).to(f).remainder(7).reshape(f.shape)
+        ramp = lambda f, a=away: (
+            f + a * torch.arange(1, f.numel() + 1).to(f).remainder(7).reshape(f.shape)
+        )
         with torch.random.fork_rng(devices=[]), Rewrite({"f": ramp}):
             torch.manual_seed(0)
             trace: Any = poutine.trace(model).get_trace(*data.tensors)

@@ -500,6 +500,12 @@ def test_probabilities_of_labels_are_of_the_linear_logits(wave):
     assert (logits - bent).abs().max() > 0.1  # not the sampled one
 
 
+def test_f_may_be_one_number():
+    x, y = torch.ones(1, 2), torch.ones(1)
+    posterior = fit(bnn.models.linear(2), x, y, predictive="linearized", steps=1_000)
+    assert posterior.predict(x).f.isfinite().all()
+
+
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_f_may_be_logits_that_a_constant_does_not_change(classes):
     def model(x, y=None):
