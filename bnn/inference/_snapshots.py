@@ -50,6 +50,6 @@ class Snapshots:
         """Steps taken before each copy, (copy,), and the copies, (copy, *); the last is now."""
         copies = [each for each in self.kept if each[0] < self.now]
         copies.append((self.now, self.tensor.detach().clone()))
-        places = torch.linspace(0, len(copies) - 1, self.count).round().long().unique().tolist()
+        places = torch.linspace(len(copies) - 1, 0, self.count).round().long().unique().tolist()
         chosen = [copies[i] for i in places]
         return torch.tensor([step for step, _ in chosen]), torch.stack([copy for _, copy in chosen])

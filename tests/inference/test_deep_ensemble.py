@@ -204,6 +204,13 @@ def test_snapshots_lie_evenly_however_many_steps_come(steps):
     assert taken.diff().min() >= 0.6 * steps // 4
 
 
+def test_one_snapshot_is_the_last():
+    snapshots = Snapshots(torch.zeros(1), 1)
+    for step in range(4):
+        snapshots(step)
+    assert snapshots.picked()[0].tolist() == [3]
+
+
 def test_one_member_is_a_mode(regression):
     method = bnn.DeepEnsemble(members=1, snapshots=4, bootstrap="resample", **SHORT)
     posterior = bnn.fit(regression.model, regression.x, regression.y, method=method)
