@@ -363,7 +363,7 @@ def check_rates(method: str, name: str, rate: Any, *, zero: bool = False) -> Non
     if isinstance(rate, Mapping) and not rate:
         raise ValueError(f"{method}({name}={rate!r}): name a site, or pass a number.")
     for site, one in (rate if isinstance(rate, Mapping) else {"": rate}).items():
-        number = isinstance(one, int | float) and not isinstance(one, bool)
+        number = isinstance(one, int | float | np.number) and not isinstance(one, bool)
         if not isinstance(site, str) or not number:
             raise TypeError(
                 f"{method}({name}={rate!r}): pass a number, for example 0.1, or numbers by site, "

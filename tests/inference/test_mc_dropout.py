@@ -263,6 +263,10 @@ def test_rates_by_site():
     assert not (w["layers.1.weight"] == 0).any()
 
 
+def test_a_rate_may_be_a_number_of_numpys():
+    assert bnn.MCDropout(rate=np.float32(0.5)).rate == 0.5
+
+
 def test_a_draw_is_a_function():
     posterior = _quick(bnn.models.mlp_regression(1, (20,)), X, Y, rate=0.5)
     twice = posterior.predict(torch.tensor([[0.3], [0.3], [-0.2]])).f
