@@ -29,6 +29,7 @@ _WEIGHTS = 10_000  # of larger nets fewer draws are looked at: a few seconds
 _QUICK_ROWS = 200  # at a fit: rows,
 _QUICK_NUMBERS = 10_000_000  # and weights x draws of the prior, .1 s
 TELLING = 100  # draws: with fewer chance alone gives a distance of .2 of 1, which is no prior
+_OFF = 0.1  # posterior standard deviations that an uneven pass may move a mean
 _CERTAIN = 1.63  # Kolmogorov's distance at 1 %: P(sqrt(n m / (n + m)) D > 1.63) = .01
 
 
@@ -221,10 +222,15 @@ def minibatches(posterior: "Posterior") -> Finding | None:
             shown = min(drawn, len(loader) * (loader.batch_size or drawn))
         except TypeError:
             return None
-        fixed = isinstance(loader.sampler, SequentialSampler) and shown < data.rows
+        fixed = isinstance(loader.sampler, SequentialSampler)
         lost, cause = False, ""
-        if fixed or drawn != data.rows:
+        if (fixed and shown < data.rows) or drawn != data.rows:
             lost, cause = True, "rows that no pass shows"
+        elif fixed and (rest := drawn % (loader.batch_size or drawn)):
+            # Of the mean, in posterior sds, where rows are alike; each batch counts N / its rows.
+            bias = (1 / len(loader) - rest / drawn) * math.sqrt(drawn / rest)
+            lost = bias > _OFF
+            cause = f"each row of the last batch, of {rest}, as {loader.batch_size / rest:.3g}"
         elif not isinstance(loader.sampler, _EVEN):
             lost, cause = True, f"rows that {type(loader.sampler).__name__} shows as it likes"
     share = shown / data.rows
