@@ -66,6 +66,35 @@ def _trimmed(value: Tensor) -> tuple[int, ...]:
     return shape
 
 
+def require_function(prior: Callable[..., Any], inputs: tuple[Tensor, ...], seed: Any) -> None:
+    """Refuses a prior function of the user's that gives no numbers, or others at every call.
+
+    Raises:
+        ModelError: so.
+    """
+    values = []
+    for key in range(2):
+        with torch.no_grad(), seeded(branch(seed, key)):
+            given = prior(*inputs)
+        try:
+            values.append(torch.as_tensor(given))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"The prior function gives a {type(given).__name__}. Return a number for each "
+                "entry of f."
+            ) from error
+    if not bool(torch.isfinite(values[0]).all()):
+        raise ModelError(
+            "The prior function gives numbers that are not finite at rows of the data."
+        )
+    if not torch.equal(*values):
+        raise ModelError(
+            "The prior function gives other numbers at a second call: members would learn to undo "
+            "one that never returns. If it is a net with dropout, call its eval(); if it draws "
+            "numbers, draw them once, outside."
+        )
+
+
 def require_f(energy: Energy, seed: Any, what: str) -> None:
     """Refuses a model whose observations do not follow from a seam f of its rows.
 

@@ -6,8 +6,9 @@ Only w_k is trained, on log p(data | Q_k) + log p(w_k): f learns what p_k leaves
 from the rows members keep differing as the prior does. With `noise`, the sd of the observation
 noise, each member's targets are moved by a fixed N(0, noise^2). If f is linear in w, prior and
 noise are Gaussian and scale = 1, then w_k + w~_k - E[w] is an exact draw of the posterior. Without
-`noise` it is too narrow (sd ratio .29 in the conjugate regression of our tests); where the noise
-is not known, the bootstrap stands in for it.
+`noise` it is too narrow (sd ratio .29 in the conjugate regression of our tests). A model that
+learns its noise would learn that of moved targets, sqrt(2) times as wide, and is refused: there the
+bootstrap stands in for `noise`.
 
 `anchored=True` adds no function: w_k is drawn to w~_k where the prior would draw it to E[w]. That
 is exact for the same models, the weights are the member's own, and no seam is needed. What enters
@@ -31,10 +32,10 @@ from torch import Tensor
 
 from bnn import contract
 from bnn.data import Data
-from bnn.errors import ModelError
-from bnn.handlers import At, Capture, Rewrite, branch, generator, seeded
+from bnn.handlers import At, Rewrite, branch
 from bnn.inference._energy import Energy
 from bnn.inference._ensemble import Ensemble, bootstrap, require_rows, train
+from bnn.inference._moved_targets import moved_targets
 from bnn.inference._prior_function import (
     PREFIX,
     SEAM,
@@ -42,6 +43,7 @@ from bnn.inference._prior_function import (
     like_f,
     prior_function,
     require_f,
+    require_function,
 )
 from bnn.method import Model, Tensors, check_positive
 from bnn.posterior import Posterior
@@ -58,7 +60,8 @@ class RandomizedPriors(Ensemble):
         prior: None, or a function of the inputs that gives f's shape, the same for all members,
             in place of p_k: `lambda x: torch.sin(3 * x)`. It is code, so files do not hold it:
             `bnn.load(path, model, prior=...)`.
-        noise: sd by which each member's targets are moved, in units of y; None leaves them.
+        noise: sd by which each member's targets are moved, in units of y: the one that the model
+            states. None leaves them.
         anchored: draw the weights to a draw of the prior, in place of adding a function.
         bootstrap: None, "bernoulli", "exponential" or "resample"; see `Ensemble`.
         snapshots: copies of all members on their way, for `Posterior.frames`.
@@ -108,13 +111,15 @@ class RandomizedPriors(Ensemble):
         energy = Energy(model, data, sites)
         if not self.anchored:
             require_f(energy, branch(seed, 6), "RandomizedPriors")
+        if self.prior is not None:
+            require_function(self.prior, data.inputs, branch(seed, 9))
         rows: Tensors = {}
         if self.bootstrap is not None:
             require_rows(energy, f"A weight of bootstrap={self.bootstrap!r}")
             rows |= bootstrap(self.bootstrap, self.members, data.rows, branch(seed, 5))
         if self.noise is not None:
             require_rows(energy, f"The noise={self.noise!r} of a target")
-            rows |= _noisy(energy, self.noise, self.members, branch(seed, 7))
+            rows |= moved_targets(energy, self.noise, self.members, branch(seed, 7))
         drawn = energy.prior_draws(self.members, branch(seed, 8))  # (member, size)
         whole = {} if callable(self.prior) and not self.anchored else {"drawn": drawn}
 
@@ -165,24 +170,3 @@ class RandomizedPriors(Ensemble):
 
     def _added(self, p: Tensor) -> Rewrite:
         return Rewrite({SEAM: lambda f: f + self.scale * like_f(p, f)})
-
-
-def _noisy(
-    energy: Energy, sd: float, members: int, seed: np.random.SeedSequence
-) -> dict[str, Tensor]:
-    """Targets of each member, {"targets": (member, row, *)}.
-
-    Raises:
-        ModelError: they are no numbers of the kind that is observed.
-    """
-    y, site = energy.data.observations, energy.sites.observed
-    draws = [torch.randn(y.shape, generator=generator(branch(seed, k))) for k in range(members)]
-    targets = y + sd * torch.stack(draws).to(y.device)
-    with seeded(seed), Capture(site) as run:
-        energy.model(*energy.data.tensors)
-    if not y.is_floating_point() or not bool(run.fn.support.check(targets).all()):
-        raise ModelError(
-            f'RandomizedPriors(noise={sd!r}) moves the targets, and "{site}" takes only what is '
-            f'{run.fn.support}. Use bootstrap="exponential" in place of noise.'
-        )
-    return {"targets": targets}

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bnn
 from bnn.handlers import At, Capture
 from bnn.inference._prior_function import prior_function, prior_mean
+from bnn.models import likelihoods, linear
 from tests import exact
 
 SHORT = {"steps": 1_000, "learning_rate": 0.05, "schedule": "cosine"}
@@ -252,6 +253,46 @@ def test_counts_cannot_be_moved():
 
     with pytest.raises(bnn.ModelError, match="bootstrap"):
         bnn.fit(counts, [0.0, 1.0], [1.0, 2.0], method=bnn.RandomizedPriors(noise=0.1))
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("kind", ["global", "predicted"])
+def test_noise_that_the_model_learns_is_not_added(kind, anchored):
+    """It would be learned from the moved targets: .71 where .5 is right."""
+    gaussian = likelihoods.Gaussian() if kind == "global" else likelihoods.Gaussian("predicted")
+    model = linear(2, likelihood=gaussian)
+    x, y = torch.eye(2).repeat(4, 1), torch.arange(8.0)
+    method = bnn.RandomizedPriors(noise=0.5, anchored=anchored, **SHORT)
+    with pytest.raises(bnn.ModelError, match=r"learned from the moved ones.*Gaussian\(0.5\)"):
+        bnn.fit(model, x, y, method=method)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+@pytest.mark.parametrize("family", [dist.Normal, dist.StudentT, dist.Cauchy, dist.Laplace])
+def test_noise_is_added_to_what_has_a_fixed_one_however_far_off(family):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1e4))
+        with pyro.plate("data", len(x)):
+            f = pyro.deterministic("f", w * x)
+            pyro.sample("y", family(*(3.0,) * (family is dist.StudentT), f, 0.1), obs=y)
+
+    method = bnn.RandomizedPriors(members=2, noise=0.1, steps=3)
+    assert bnn.fit(model, torch.ones(5), torch.ones(5), method=method).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        (lambda x: None, "a NoneType"),
+        (lambda x: x[:, 0] / 0, "not finite"),
+        (lambda x: torch.randn(len(x)), "other numbers at a second call"),
+        (torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.Dropout()), "call its eval"),
+    ],
+)
+def test_a_prior_function_that_is_none_is_refused(prior, said, regression):
+    method = bnn.RandomizedPriors(prior=prior)
+    with pytest.raises(bnn.ModelError, match=f"prior function gives .*{said}"):
+        bnn.fit(regression.model, regression.x, regression.y, method=method)
 
 
 def _silent(x, y, w):
