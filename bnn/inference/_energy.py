@@ -30,6 +30,7 @@ from bnn.sites import Sites, to_support
 _FAR = 1e4  # on the real line: beyond what any transform tells apart
 _BOUND = 2.0  # of the coordinates of a starting point
 _ATTEMPTS, _DRAWN_IN = 100, 20  # at a starting point; those after which it is within +-2
+_STUCK, _EDGE = 0.1, 50.0  # draws that are the same number, as far out as e^50 or e^-50
 _FEW = 100  # rows that a model is run on where only its latent sites are looked at
 
 
@@ -250,7 +251,8 @@ class Energy:
 
         A prior draw has the scale that the user gave each weight; bounds of +-2 keep vague and
         heavy-tailed priors from starting where the gradient vanishes. They are around 0, or around
-        the prior's median where 0 is out of the prior's reach (a scale in large units).
+        the prior's median where 0 is out of the prior's reach (a scale in large units; not one so
+        vague that its draws are rounded to the smallest of numbers).
 
         Args:
             count: of points.
@@ -266,6 +268,9 @@ class Energy:
             return torch.zeros(count, 0)
         draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
+        for edge in (draws.amin(0), draws.amax(0)):  # of the numbers, not of a prior beyond them
+            stuck = (draws == edge).double().mean(0) > _STUCK
+            reach = torch.where(stuck & (edge.abs() > _EDGE), torch.inf, reach)
         centre = torch.where(median.abs() > reach, median, 0.0)
         wide = torch.full_like(median, _BOUND)
         if overdispersed:
