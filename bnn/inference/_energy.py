@@ -328,13 +328,16 @@ class Energy:
 
     @cached_property
     def few(self) -> tuple[Any, ...]:
-        """Arguments that show every latent site: a few rows, where no site belongs to a row."""
+        """Arguments that show every latent site: a few rows, where no site counts the rows."""
         args = self.data.tensors
         if self.sites.locals or self.sites.subsampled or len(args[-1]) <= _FEW:
             return args
         few = take(args, slice(0, _FEW))
         try:
-            self.model(*few)
+            with Capture(self.sites.observed) as run:
+                self.model(*few)
         except Exception:  # the model states its number of rows
             return args
-        return few
+        shapes = {k: tuple(v.shape) for k, v in run.values.items()}
+        same = all(shapes.get(k) == site.shape for k, site in self.sites.latent.items())
+        return few if same else args  # a group counted from the rows, a process over them
