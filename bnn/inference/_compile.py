@@ -43,7 +43,7 @@ def graph_of(function: Callable[..., Any], *examples: Tensor) -> GraphModule:
         table.pop(pool, None)
     with torch.no_grad():
         pure: Any = functionalize(function)  # in-place operations on a buffer would fold wrongly
-        return _fold(make_fx(pure, decomposition_table=table)(*examples))
+        return _unchecked(_fold(make_fx(pure, decomposition_table=table)(*examples)))
 
 
 def traced(graph: GraphModule, *examples: Tensor) -> Callable[..., Any]:
@@ -169,6 +169,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
+def singular(error: Exception) -> bool:
+    """True where a run ended at a matrix that has no factors: the density there is 0 or rounded."""
+    return isinstance(error, torch.linalg.LinAlgError) or "linalg." in str(error)
+
+
 def _fold(graph: GraphModule) -> GraphModule:
     """Evaluates every operation that does not depend on an input, and drops those without effect.
 
@@ -195,8 +200,44 @@ def _fold(graph: GraphModule) -> GraphModule:
             _ATEN.alias.default,
         ):
             node.replace_all_uses_with(node.args[0])
+    for node in reversed(graph.graph.nodes):  # checks, too, which have an effect and have passed
+        if node in known and not node.users:
+            graph.graph.erase_node(node)
     _share(graph)
     graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _unchecked(graph: GraphModule) -> GraphModule:
+    """What has no factors gets NaN for them, in its lane, in place of a check that ends the call.
+
+    TorchScript would leave the check out, and go on with what the failed attempt wrote.
+    """
+    call = graph.graph.call_function
+    for check in graph.graph.find_nodes(
+        op="call_function", target=_ATEN._linalg_check_errors.default
+    ):
+        info = check.args[0]
+        if info.target is not operator.getitem:
+            raise NotImplementedError(f"a check of {info.name}, which is no factorisation's own")
+        source = info.args[0]
+        source.append(info)
+        with graph.graph.inserting_after(info):
+            failed = call(_ATEN.ne.Scalar, (info, 0))
+        for out in [node for node in source.users if node.meta["val"].is_floating_point()]:
+            with graph.graph.inserting_after(out):
+                shape = info.meta["val"].shape
+                axes = [1] * (out.meta["val"].ndim - len(shape))
+                lanes = call(_ATEN.view.default, (failed, [*shape, *axes]))
+            like = {"dtype": out.meta["val"].dtype, "device": out.meta["val"].device}
+            with graph.graph.inserting_after(lanes):
+                none = call(_ATEN.full.default, ([], float("nan")), like)
+            with graph.graph.inserting_after(none):
+                right = call(_ATEN.where.self, (lanes, none, out))
+            right.meta = dict(out.meta)
+            out.replace_all_uses_with(right, delete_user_cb=lambda user, own=right: user is not own)
+        graph.graph.erase_node(check)
     graph.recompile()
     return graph
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bnn.data import Data
 from bnn.handlers import seeded
+from bnn.inference._compile import singular
 from bnn.inference._energy import Energy
 from bnn.inference._rowwise import Ask, Draw
 from bnn.sites import Sites
@@ -71,7 +72,12 @@ class Bound:
     def __call__(self, batch: tuple[Any, ...], particles: int) -> Tensor:
         """The ELBO itself, at temperature 1, from one draw of the weights for all rows."""
         z, log_q = self.family.sample(torch.randn, particles)
-        likelihood, prior = self.energy.batched(lambda one: self._terms(one, batch), z)
+        try:
+            likelihood, prior = self.energy.batched(lambda one: self._terms(one, batch), z)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            return torch.tensor(-torch.inf)  # q has draws at which the density is 0
         return likelihood.mean() + prior.mean() + self._entropy(z, log_q)
 
     def at(

@@ -23,7 +23,7 @@ from torch.func import vmap
 from bnn.data import Data, take
 from bnn.errors import ApproximationWarning, FitError, ModelError, PerformanceWarning, outside
 from bnn.handlers import At, Capture, NotFinite, Score, branch, seeded
-from bnn.inference._compile import first_line
+from bnn.inference._compile import first_line, singular
 from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
 
@@ -175,6 +175,14 @@ class Energy:
             args: the model's arguments.
         """
         z = z.detach().clone().requires_grad_()
+        try:
+            return self._broken(z, args)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            return None
+
+    def _broken(self, z: Tensor, args: Sequence[Any]) -> str | None:
         broken = self._entry(z)
         if broken is None:
             with torch.no_grad(), NotFinite() as seen, At(self.values(z)):
@@ -297,8 +305,13 @@ class Energy:
     def _workable(self, z: Tensor, *, slope: bool, resolved: bool) -> bool:
         """True if the density is finite; for a chain its slope too, and rounding errors below 1."""
         z = z.detach().requires_grad_(slope)
-        with torch.set_grad_enabled(slope):
-            value = self.log_joint(z, self.data.tensors)
+        try:
+            with torch.set_grad_enabled(slope):
+                value = self.log_joint(z, self.data.tensors)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            return False
         finite, size = bool(torch.isfinite(value)), float(value.detach().abs())
         if not finite or not slope:
             return finite
@@ -321,8 +334,14 @@ class Energy:
             return torch.stack([self._prior_draw() for _ in range(count)])
 
     def _prior_draw(self) -> Tensor:
-        with Capture(self.sites.observed) as capture:
-            self.model(*self.few)
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                with Capture(self.sites.observed) as capture:
+                    self.model(*self.few)
+                break
+            except RuntimeError as error:
+                if not left or not singular(error):
+                    raise
         z = self.flatten(capture.values)  # a draw rounded to the edge of its support is at infinity
         return torch.nan_to_num(z, nan=0.0, posinf=_FAR, neginf=-_FAR)
 

@@ -24,7 +24,7 @@ from torch.func import grad_and_value, vmap
 from bnn.chunks import Work
 from bnn.errors import ModelError, PerformanceWarning, outside
 from bnn.handlers import branch, generator
-from bnn.inference._compile import compiled, first_line, graph_of, traced, work
+from bnn.inference._compile import compiled, first_line, graph_of, singular, traced, work
 from bnn.inference._energy import Energy
 from bnn.run import standing
 
@@ -101,9 +101,29 @@ class Gradient:
             )
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(lane, size) -> potential (lane,) and gradient (lane, size), on the CPU."""
-        gradient, value = self._call(z.to(self.device))
+        """(lane, size) -> potential (lane,) and gradient (lane, size), on the CPU.
+
+        Where a matrix has no factors the potential is inf or NaN.
+        """
+        gradient, value = self._whole(self._call, z.to(self.device))
         return value.cpu(), gradient.cpu()
+
+    def _whole(self, call: Callable[[Tensor], Any], z: Tensor) -> tuple[Tensor, Tensor]:
+        """A call that a lane without an answer does not end; others are as they would be."""
+        try:
+            return call(z)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+        gradients, values = self._looped(z)
+        lost = values == torch.inf
+        try:
+            gradients, values = call(torch.where(lost[:, None], self._points[0], z))
+        except RuntimeError as error:
+            if not singular(error):
+                raise  # else: factors that one order of sums has, and another has not
+        gradients = gradients.masked_fill(lost[:, None], torch.nan)
+        return gradients, values.masked_fill(lost, torch.inf)
 
     def hasten(self, calls: float, announce: Callable[[], None] = lambda: None) -> bool:
         """Compiles, if so many calls would repay it; True if it did.
@@ -134,7 +154,8 @@ class Gradient:
         """Takes a route if it can be had and agrees with the model itself."""
         try:
             call = self._built(name)
-            agrees = all(self._agrees(call(p), k) for k, p in enumerate(self._points))
+            found = (self._whole(call, p) for p in self._points)
+            agrees = all(self._agrees(each, k) for k, each in enumerate(found))
         except Exception as error:  # a branch on a value, an operation without a trace or code
             self._reason, agrees = first_line(error), False
             cure = " Is there a C++ compiler (g++ or clang) on the path?"
@@ -194,9 +215,14 @@ class Gradient:
         gradients, values = [], []
         for lane in z:
             lane = lane.detach().requires_grad_()
-            with torch.enable_grad():
-                value = self._potential(lane)
-                (gradient,) = torch.autograd.grad(value, lane)
+            try:
+                with torch.enable_grad():
+                    value = self._potential(lane)
+                    (gradient,) = torch.autograd.grad(value, lane)
+            except RuntimeError as error:
+                if not singular(error):
+                    raise
+                value, gradient = lane.new_full((), torch.inf), torch.full_like(lane, torch.nan)
             gradients.append(gradient)
             values.append(value.detach())
         return torch.stack(gradients), torch.stack(values)

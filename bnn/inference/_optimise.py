@@ -325,7 +325,7 @@ class _Ascent:
                         "rescale the data.",
                         step=number,
                         site=site or bad,
-                    )
+                    ) from self.step.cause
                 if not bad:
                     climb.take(value)
                     shown.update()

@@ -23,7 +23,7 @@ from bnn import processes
 from bnn.chunks import Work
 from bnn.errors import CheckpointError, PerformanceWarning, outside
 from bnn.handlers import branch, seeded
-from bnn.inference._compile import compiled, first_line, graph_of
+from bnn.inference._compile import compiled, first_line, graph_of, singular
 
 Objective = Callable[[Mapping[str, Tensor], tuple[Any, ...], Tensor, tuple[Tensor, ...]], Tensor]
 """Of leaves, a batch, the weight of the KL and noise: () or (member,); larger is better."""
@@ -167,6 +167,7 @@ class Step:
         self.route = "eager"
         self.good, self.steps = self._present() if back else None, 0
         self.lost: dict[str, Tensor] = self.leaves
+        self.cause: Exception | None = None  # of a step without an objective: what was raised
         self._rate, self._weight = torch.zeros(lead, **numbers), torch.zeros((), **numbers)
         self._given: Any = None
         self._program: Any = None
@@ -183,10 +184,17 @@ class Step:
         noise = self.noise(batch)
         fresh = self.good is not None and self.steps % BACK == 0
         before = self._present() if fresh else None
-        if self._program is not None and self._fits(batch):
-            outcome = self._program(batch, noise)
-        else:
-            outcome = self._eager(self.leaves, self.state, self._rate, self._weight, noise, batch)
+        try:
+            if self._program is not None and self._fits(batch):
+                outcome = self._program(batch, noise)
+            else:
+                state = self.state, self._rate, self._weight
+                outcome = self._eager(self.leaves, *state, noise, batch)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            self.cause = error
+            outcome = torch.stack([torch.full_like(self._rate, torch.nan), 0 * self._rate])
         values, bad = outcome.reshape(2, -1).tolist()
         self.steps += 1
         if self.good is not None and min(bad) < len(self.names):
@@ -351,6 +359,20 @@ class Step:
         size = sum(leaf.numel() for leaf in self.leaves.values())
         if steps < _FEW and _TOUCHED * size * _NUMBER * steps < _COMPILING:
             return False
+        try:
+            return self._hasten(steps, batches, seed, announce)
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+            return _stays_eager(f"near the start it fails by {first_line(error)}", "")
+
+    def _hasten(
+        self,
+        steps: float,
+        batches: list[tuple[Any, ...]],
+        seed: np.random.SeedSequence,
+        announce: Callable[[], None],
+    ) -> bool:
         with seeded(seed):
             point = self._point(branch(seed, 0), batches[0])
             with Work() as work:

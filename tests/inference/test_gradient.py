@@ -634,3 +634,121 @@ def test_products_of_many_rows_and_few_columns_are_turned(rows, columns, turned)
     assert all((n.args[0].target is permute) == turned for n in products)
     for got, expected in zip(graph(x, w), function(x, w), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def _energy(model, *data):
+    with quiet_pyro():
+        read, sites = contract.check(model, arguments.read(model, data))
+        return Energy(model, read, sites)
+
+
+def counted_groups(g, y=None):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", int(g.max()) + 1):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+    with pyro.plate("data", len(g)):
+        pyro.sample("y", dist.Normal(a[g], 0.5), obs=y)
+
+
+def process(x, y=None):
+    f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(len(x)), torch.eye(len(x))))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(f, 0.5), obs=y)
+
+
+@pytest.mark.parametrize("model", [counted_groups, process])
+def test_sites_that_count_the_rows_have_their_size_of_all_rows(model):
+    """The first hundred rows, on which the prior is else drawn, have 5 groups of 8."""
+    rows = torch.arange(160)
+    energy = _energy(model, rows // 20, torch.zeros(160))
+    assert len(energy.few[-1]) == 160
+    posterior = bnn.fit(model, rows // 20, torch.zeros(160), method=bnn.MAP(steps=3))
+    assert posterior.draws["f" if model is process else "a"].shape[-1] in (8, 160)
+
+
+def test_few_rows_show_sites_that_do_not_count_them():
+    def model(x, y=None):
+        w = pyro.sample("w", weights(4))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+
+    assert len(_energy(model, torch.zeros(160, 4), torch.zeros(160)).few[-1]) == 100
+
+
+def edge(x, y=None):
+    """No covariance where z > 1.7, and none of the posterior there."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        covariance = (1.5 - z) * torch.eye(2) + 0.2
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=y)
+
+
+EDGE = torch.zeros(6), 0.7 * torch.randn(6, 2, generator=generator(np.random.SeedSequence(0)))
+
+
+@pytest.mark.parametrize("route", _gradient.ROUTES)
+def test_a_matrix_without_factors_is_a_density_of_zero_in_its_lane_alone(route):
+    """A route that TorchScript strips of the check would go on with half a factor."""
+    with quiet_pyro():
+        energy = _energy(edge, *EDGE)
+        gradient = Gradient(energy, 4, np.random.SeedSequence(0), route)
+        assert gradient.route == route
+        value, slope = gradient(torch.tensor([[0.0], [3.0], [-1.0], [5.0]]))
+        exact = gradient(torch.tensor([[0.0], [0.5], [-1.0], [0.0]]))
+    assert not value[[1, 3]].isfinite().any()
+    assert torch.equal(value[[0, 2]], exact[0][[0, 2]])
+    assert torch.equal(slope[[0, 2]], exact[1][[0, 2]])
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_chains_turn_back_where_a_matrix_has_no_factors():
+    """z by quadrature: within three Monte Carlo errors of 1,000 effective draws, its sd in 7 %."""
+    grid = torch.linspace(-5.0, 1.4999, 4_000, dtype=torch.float64)
+    covariance = (1.5 - grid)[:, None, None] * torch.eye(2) + 0.2
+    log_p = dist.Normal(0.0, 1.0).log_prob(grid) + sum(
+        dist.MultivariateNormal(torch.zeros(2), covariance.float()).log_prob(y) for y in EDGE[1]
+    )
+    weight = log_p.softmax(0)
+    mean = float(weight @ grid)
+    sd = float(weight @ (grid - mean) ** 2) ** 0.5
+    z = bnn.fit(edge, *EDGE, method=bnn.NUTS(draws=500)).draws["z"]
+    assert abs(float(z.mean()) - mean) < 3 * sd / 1_000**0.5
+    assert float(z.std()) == pytest.approx(sd, rel=0.07)
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_a_step_at_a_matrix_without_factors_is_left_out():
+    mode = bnn.fit(edge, *EDGE, method=bnn.MAP(steps=500)).draws["z"]
+    assert mode.isfinite().all()
+    with pytest.raises(bnn.FitError, match="not finite"):  # q cannot keep away from there
+        bnn.fit(edge, *EDGE, method=bnn.SVI(particles=8))
+
+
+@pytest.mark.parametrize("kind", ["covariance_matrix", "precision_matrix", "scale_tril"])
+def test_a_constant_matrix_is_factorised_once_and_checked_then(kind):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.MultivariateNormal(torch.zeros(4), **{kind: 2 * torch.eye(4)}))
+        observe(x @ w, y)
+
+    with quiet_pyro(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        energy = _energy(model, torch.randn(N, 4), torch.zeros(N))
+        assert Gradient(energy, 4, np.random.SeedSequence(0)).route == "traced"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "prior", [dist.Gamma(0.001, 0.001), dist.Gamma(0.01, 0.01), dist.InverseGamma(0.01, 0.01)]
+)
+def test_a_prior_that_is_too_vague_for_its_draws_has_starting_points(prior, seed):
+    """Half of them are the smallest float32 or the largest, and no start is near those."""
+
+    def model(y=None):
+        tau = pyro.sample("tau", prior)
+        with pyro.plate("data", 30):
+            pyro.sample("y", dist.Normal(0.0, tau**-0.5), obs=y)
+
+    with quiet_pyro():
+        energy = _energy(model, torch.randn(30))
+        starts = energy.starts(4, np.random.SeedSequence(seed))
+    assert (starts.abs() <= 2).all()
