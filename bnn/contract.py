@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from torch import Tensor
 
 from bnn.arguments import call_of
@@ -28,6 +29,7 @@ from bnn.observations import (
     check_shape,
     check_support,
     impossible_parameter,
+    innermost,
     same_for_every_row,
     warn_of_one_class,
 )
@@ -73,6 +75,7 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
             whole = data.observations
         check_support(site["fn"], whole, data.names[-1], observed)
         warn_of_one_class(site["fn"], data)
+        _check_free(trace)
         latent = {name: _site(node, plate) for name, node in _latent(trace).items()}
         sites = Sites(
             latent=latent,
@@ -352,6 +355,16 @@ def _check_trace(model: Model, data: Data, sites: Sites) -> None:
     _check_same_sites(sites, _latent(mirror))
     if _log_prior(mirror) > _log_prior(again) - _RARE:
         _check_parameters(mirror)
+
+
+def _check_free(trace: Any) -> None:
+    for name, node in _latent(trace).items():
+        if isinstance(innermost(node["fn"]), Delta):
+            raise ModelError(
+                f'The latent site "{name}" is a Delta: there is nothing to infer. State what is '
+                f'known by pyro.deterministic("{name}", ...), and what is learned without a prior '
+                f'by pyro.param("{name}", ...).'
+            )
 
 
 def _check_masks(trace: Any) -> None:

@@ -392,7 +392,7 @@ def _tensor(arg: Any, name: str) -> Tensor:
             f'"{name}" is a masked array. Drop the masked rows, or fill them, and pass the result.'
         )
     if isinstance(arg, Tensor):
-        tensor = arg.detach()
+        tensor = arg.detach().clone() if arg.is_inference() else arg.detach()
     elif isinstance(arg, np.memmap) and arg.dtype.kind in "if" and arg.dtype.isnative:
         with warnings.catch_warnings():  # torch cannot tell that nobody will write to it
             warnings.simplefilter("ignore")

@@ -130,7 +130,8 @@ def fit(
         with processes.together(where):
             again = {"method": method, "seed": seed, "checkpoint": checkpoint, "device": where}
             return fit(model, *data, progress=progress, distributed=True, **again)
-    with ALONE if executor is None else nullcontext():  # whose threads need turns of their own
+    held = ALONE if executor is None else nullcontext()  # whose threads need turns of their own
+    with held, torch.inference_mode(False), torch.enable_grad():
         with ALONE:
             start = time.perf_counter()
             read = arguments.read(model, data, getattr(method, "batch_size", None), where)

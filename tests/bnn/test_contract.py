@@ -769,3 +769,50 @@ def test_one_class_in_new_rows_is_no_reason_to_warn(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error", DataWarning)
         assert posterior.log_likelihood(X, torch.ones(N)).shape == (1, 5, N)
+
+
+def counts_groups(x, y=None):
+    with pyro.plate("group", int(x[:, 0].max()) + 1):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(a[x[:, 0].long()], 1.0), obs=y)
+
+
+def states_its_rows(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 6):
+        pyro.sample("y", dist.Normal(w * x[:, 0], 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "found", "cure"),
+    [
+        (counts_groups, r'"a" has shape \(1,\), of all 6 it has \(3,\)', "Count it in all"),
+        (states_its_rows, r'batch_size=2\) .* plate "data" takes all 6', r"len\(y\)"),
+    ],
+)
+def test_a_model_that_is_another_on_a_minibatch(model, found, cure):
+    x = torch.arange(6.0)[:, None].div(2, rounding_mode="floor")
+    method = bnn.SVI(batch_size=2)
+    refuses(lambda: bnn.fit(model, x, Y, method=method), ModelError, "SVI", found, cure)
+
+
+def test_a_latent_site_at_a_point_is_refused():
+    def model(x, y=None):
+        c = pyro.sample("c", dist.Delta(torch.tensor(2.0)).expand([2]).to_event(1))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ (w * c), 1.0), obs=y)
+
+    told = '"c"', "Delta", r"pyro\.deterministic"
+    refuses(lambda: bnn.fit(model, X, Y, method=MAP), ModelError, *told)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", [NUTS, SVI, MAP], ids=["NUTS", "SVI", "MAP"])
+def test_a_fit_makes_gradients_where_the_caller_makes_none(method, context):
+    usual = bnn.fit(REGRESSION, X, Y, method=method)
+    with context():
+        again = bnn.fit(REGRESSION, X * 1, Y * 1, method=method)
+        again.predict(X)
+    assert all(torch.equal(usual.draws[k], again.draws[k]) for k in usual.draws)
