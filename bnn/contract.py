@@ -107,29 +107,46 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
 
 
 def check_batch(model: Model, data: Data, sites: Sites, method: Method) -> None:
-    """Refuses minibatches of which the model's own plate cannot draw a part.
+    """Refuses minibatches on which the model cannot be run, or is another model.
 
     Raises:
-        ModelError: names the plate, and the rows that it is shown and draws.
+        ModelError: names the plate or site, and the rows that it is shown and needs.
     """
     size, whole = getattr(method, "batch_size", None), len(data.observations)
-    if not sites.subsampled or size is None or size >= whole:
+    if size is None or size >= whole:
         return
+    shows = f"{type(method).__name__}(batch_size={size}) shows the model {size} rows at a time, and"
     with quiet_pyro(), seeded(np.random.SeedSequence(0)), torch.no_grad():
         try:
             trace: Any = poutine.trace(model).get_trace(*take(data.tensors, slice(size)))
             cause = None
         except Exception as error:
             trace, cause = poutine.Trace(), error
+    for name, node in _latent(trace).items():
+        site = sites.latent.get(name)
+        if site and not site.local and tuple(node["value"].shape) != site.shape:
+            raise ModelError(
+                f'{shows} of these "{name}" has shape {tuple(node["value"].shape)}, of all {whole} '
+                f"it has {site.shape}: the model counts something in the rows. Count it in all of "
+                "them before the fit; or leave batch_size out."
+            )
     frames = [f for node in trace.nodes.values() for f in node.get("cond_indep_stack", ())]
+    if not sites.subsampled:
+        if cause is None and all(f.name != sites.plate or f.size == size for f in frames):
+            return
+        plate = "the model" if sites.plate is None else f'its plate "{sites.plate}"'
+        raise ModelError(
+            f"{shows} {plate} takes all {whole}"
+            + (f" ({type(cause).__name__}: {str(cause).partition(chr(10))[0]})" if cause else "")
+            + ". Give the plate the rows that it is shown, len(y); or leave batch_size out."
+        ) from cause
     if any(f.name == sites.plate and f.full_size == size for f in frames):
         return
     drawn = f"{sites.subsample_size} of {'them' if sites.every_row else f'all {whole}'}"
     cure = "pass a larger one" if sites.every_row else "give the plate the rows it has, len(x)"
     raise ModelError(
-        f"{type(method).__name__}(batch_size={size}) shows the model {size} rows at a time, and "
-        f'its plate "{sites.plate}" draws {drawn}. Leave subsample_size out, batch_size scales by '
-        f"N/B too; or {cure}."
+        f'{shows} its plate "{sites.plate}" draws {drawn}. Leave subsample_size out, batch_size '
+        f"scales by N/B too; or {cure}."
     ) from cause
 
 

@@ -22,11 +22,12 @@ When not to use it: where widths matter and another method can be had; on few ro
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
+from bnn.contract import check_batch
 from bnn.data import Data
 from bnn.errors import ApproximationWarning, DataError, ModelError, outside
 from bnn.handlers import branch, constrained_parameters, parameters, seeded
@@ -136,6 +137,7 @@ class SWAG(Optimised):
                 f"SWAG's width is the noise of minibatches, and one of {size} rows of {data.rows} "
                 f"has none. Pass batch_size below {data.rows}."
             )
+        check_batch(model, data, sites, replace(self, batch_size=size))
         energy = Energy(model, data, sites)
         members = Members(self.restarts, energy, energy.terms, data, self.batch_size)
         starts = energy.initial(self.restarts, branch(seed, 0))
