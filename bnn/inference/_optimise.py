@@ -464,9 +464,8 @@ class Plateau:
         self.flat = {"rising": 0, "flat": self.flat + 1, "": self.flat}[verdict]
         if short or self.flat == _PATIENCE:
             if not self.cut:
-                gain, *limits = self.rise(history)
-                self.gain = gain, max(limits)
-            self.cut = self.cut or (short and verdict == "rising")
+                self.gain = gain, least = self.late(history)
+                self.cut = short and gain > least
             passes = -(-len(history) // self.epoch)
             self.drops, self.start, self.flat = self.drops + 1, passes * self.epoch, 0
             return "over" if verdict != "rising" else "rising"  # an average would fall behind

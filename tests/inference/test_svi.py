@@ -448,6 +448,21 @@ def test_a_noisy_objective_that_falls_has_stopped_rising():
 
 
 @pytest.mark.parametrize(
+    ("steps", "epoch", "sd"), [(500, 1, 3.0), (2_000, 10, 10.0), (10_000, 100, 30.0)]
+)
+def test_noise_alone_is_not_told_to_be_still_rising(steps, epoch, sd):
+    noise = sd * torch.randn(20, steps, generator=torch.Generator().manual_seed(0))
+    cut = 0
+    for one in noise.tolist():
+        plateau, history = Plateau(steps, epoch=epoch), []
+        for value in one:
+            history.append(value)
+            plateau.judge(history)
+        cut += plateau.cut
+    assert cut <= 1  # 60 judgements at three sigma: .08 on average; at one sigma they were 5
+
+
+@pytest.mark.parametrize(
     ("terminal", "progress", "shown"),
     [(True, True, True), (True, False, False), (False, True, False)],
 )
