@@ -91,8 +91,19 @@ def _found(
         chain = convergence.of_chains(posterior, looked)
         found = [*convergence.of_sampler(posterior.stats), *chain]
         worth = min([each.value for each in chain if each.name == "bulk ESS of f"] or [worth])
-    if looked is not None:
-        found.append(collapse.spread(looked))
+    flat = None if looked is None else collapse.spread(looked)
+    if (
+        looked is not None
+        and flat is not None
+        and flat.doubtful
+        and collapse.fixed(posterior, looked)
+    ):
+        missing[collapse.SPREAD] = missing[collapse.MOVED] = (
+            "f is one and the same at all draws of the prior too: the sites are scales or "
+            "correlations, and it cannot tell what the data have done to them."
+        )
+    elif looked is not None:
+        found.append(flat)
         try:
             found += collapse.since_prior(posterior, looked, worth, quick=quick)
         except Exception as error:  # of the model, where its prior takes it: the rest can be told

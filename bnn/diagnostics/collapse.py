@@ -66,6 +66,21 @@ def spread(looked: Looked) -> Finding | None:
     )
 
 
+def fixed(posterior: "Posterior", looked: Looked) -> bool:
+    """True where y follows the sites and f does not: scales and correlations, f tells nothing."""
+    if looked.prediction is None or not posterior.sites.predicts or not looked.rows.numel():
+        return False
+    try:
+        with on(posterior.device):
+            _, before = prior_draws(posterior.model, looked.inputs, posterior.sites, 2, seed=0)
+        if before is None or not bool((before.f == before.f[:, :1]).all()):
+            return False
+        each = thinned(posterior, 2, posterior.data.rows).log_likelihood()
+    except Exception:  # of the model, where its prior takes it; or the rows are a loader's
+        return False
+    return not torch.equal(each, each[:, :1].expand_as(each))
+
+
 def since_prior(
     posterior: "Posterior", looked: Looked, worth: float, *, quick: bool = False
 ) -> list[Finding]:

@@ -5,7 +5,8 @@
 
 The largest ratios follow a Pareto law with shape k (Vehtari et al. 2024): means over them converge
 where k < 1, usefully where k < .7. k is about |rho| for the mean-field fit of two variables with
-correlation rho, and 0 where q is the posterior. z is on the real line, the Jacobian included.
+correlation rho, and 0 where q is the posterior. z is on the real line, the Jacobian included. It is
+the shape of a tail, whatever its size: of ratios that are all but equal it tells nothing.
 Every fit with a q looks at k, as far as that takes a fraction of a second.
 """
 
@@ -27,6 +28,7 @@ _MULTIPLICATIONS = 100_000_000_000  # and rows x draws x weights: a few seconds
 _QUICK = 50  # times fewer at a fit
 _AT_ONCE = 100_000  # rows x draws in memory together
 _FEWEST = 100  # draws: the tail of fewer is a handful
+_ALIKE = 0.95  # of the draws: KL(q || p) is below .03 nats, a mean .2 standard deviations off
 
 
 def of_guide(posterior: Posterior) -> list[Finding]:
@@ -40,10 +42,10 @@ def of_guide(posterior: Posterior) -> list[Finding]:
     if ratios is None:
         return []
     told = [psis(each) for each in ratios]
-    worst = max(range(len(told)), key=lambda chain: told[chain][0])
-    k, log_mean = told[worst]
-    gap = log_mean - float(ratios[worst].double().mean())
-    finding = of_k(k, ratios.shape[1], _whose(posterior))
+    each = [of_k(k, own, _whose(posterior)) for (k, _), own in zip(told, ratios, strict=True)]
+    worst = max(range(len(told)), key=lambda chain: (each[chain].doubtful, each[chain].value))
+    finding = each[worst]
+    gap = told[worst][1] - float(ratios[worst].double().mean())
     return [
         finding,
         Finding(
@@ -65,10 +67,12 @@ def _whose(posterior: Posterior) -> str:
     return "posterior" if own else "posterior of the program that predicts"
 
 
-def of_k(k: float, draws: int, whose: str = "posterior") -> Finding:
-    """Pareto's k of the ratios of so many draws."""
-    limit = min(1 - 1 / math.log10(draws), LIMIT)
-    far = not k < limit
+def of_k(k: float, log_ratios: Tensor, whose: str = "posterior") -> Finding:
+    """Pareto's k of the ratios of some draws, (draw,), and whether they differ enough to matter."""
+    limit = min(1 - 1 / math.log10(len(log_ratios)), LIMIT)
+    weights = log_ratios.double().softmax(0)
+    kept = 1 / (len(weights) * float(weights.square().sum()))  # Kish's effective share
+    far = not (k < limit or kept > _ALIKE)
     return Finding(
         name="k-hat of q",
         value=k,
@@ -79,7 +83,7 @@ def of_k(k: float, draws: int, whose: str = "posterior") -> Finding:
         + (
             "q misses mass that p has, and its widths are its own."
             if far
-            else "q is close enough to p that reweighting its draws would work."
+            else f"q is close to p, and reweighting would keep {kept:.1%} of its draws' worth."
         ),
         advice='Take a wider family (SVI guide="full_rank" or "flow"), or bnn.NUTS; predictions '
         "can be good all the same: score them on held-out rows.",
@@ -91,8 +95,8 @@ def at_fit(posterior: Posterior) -> list[Finding]:
     ratios = log_ratios(posterior, _QUICK)
     if ratios is None:
         return []
-    k = max(pareto_k(each) for each in ratios)
-    return [of_k(k, ratios.shape[1], _whose(posterior))]
+    found = [of_k(pareto_k(each), each, _whose(posterior)) for each in ratios]
+    return [max(found, key=lambda each: (each.doubtful, each.value))]
 
 
 def pareto_k(log_ratios: Tensor) -> float:

@@ -375,6 +375,41 @@ def test_khat_of_mean_field_is_the_correlation(correlation):
     assert found["gap of q"].value == pytest.approx(kl, rel=0.25)
 
 
+def coin(y=None):
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    with pyro.plate("data", 20 if y is None else len(y)):
+        pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+
+def scale(y=None):
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    with pyro.plate("data", 60 if y is None else len(y)):
+        pyro.sample("y", dist.Normal(0.0, s), obs=y)
+
+
+def test_khat_of_ratios_that_are_all_but_equal_is_no_cause_for_doubt():
+    """Of a Beta posterior on the logit scale q is right to .01 nats, and k-hat above its limit."""
+    y = torch.ones(20).scatter(0, torch.arange(14), 0.0)
+    above = 0
+    for seed in range(3):
+        report = bnn.fit(coin, y, method=bnn.SVI(), seed=seed).diagnose()
+        finding = named(report)["k-hat of q"]
+        above += finding.value > finding.threshold
+        assert not finding.doubtful, finding
+        assert "would keep 99" in finding.meaning
+    assert above
+
+
+@pytest.mark.parametrize("method", [bnn.NUTS(chains=4, warmup=300, draws=500), bnn.SVI()])
+def test_a_model_of_scales_is_not_judged_by_its_constant_mean(method):
+    y = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", bnn.ConvergenceWarning)
+        report = bnn.fit(scale, y, method=method).diagnose()
+    assert not report.doubtful, report
+    assert "f is one and the same" in report.missing["distance from the prior"]
+
+
 def test_khat_of_svi():
     """Narrow in one direction of two, and doubtful; with a covariance, exact."""
     exact = Regression.make(0.95)

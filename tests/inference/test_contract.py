@@ -43,7 +43,7 @@ METHODS = {
     "concrete_dropout": bnn.ConcreteDropout(steps=300, draws=60),
     "deep_ensemble": bnn.DeepEnsemble(steps=300, members=10),
     "deep_ensemble_bootstrap": bnn.DeepEnsemble(steps=300, members=10, bootstrap="exponential"),
-    "randomized_priors": bnn.RandomizedPriors(steps=300, members=20, noise=0.3),
+    "randomized_priors": bnn.RandomizedPriors(steps=300, members=20, bootstrap="exponential"),
     "randomized_priors_anchored": bnn.RandomizedPriors(steps=300, members=10, anchored=True),
     "nuts": bnn.NUTS(chains=2, warmup=100, draws=40),
     "mclmc": bnn.MCLMC(chains=2, warmup=100, draws=40),
