@@ -333,15 +333,14 @@ class Energy:
         with seeded(seed), torch.no_grad():
             return torch.stack([self._prior_draw() for _ in range(count)])
 
-    def _prior_draw(self) -> Tensor:
-        for left in reversed(range(_ATTEMPTS)):
-            try:
-                with Capture(self.sites.observed) as capture:
-                    self.model(*self.few)
-                break
-            except RuntimeError as error:
-                if not left or not singular(error):
-                    raise
+    def _prior_draw(self, attempts: int = _ATTEMPTS) -> Tensor:
+        try:
+            with Capture(self.sites.observed) as capture:
+                self.model(*self.few)
+        except RuntimeError as error:
+            if attempts == 1 or not singular(error):
+                raise
+            return self._prior_draw(attempts - 1)
         z = self.flatten(capture.values)  # a draw rounded to the edge of its support is at infinity
         return torch.nan_to_num(z, nan=0.0, posinf=_FAR, neginf=-_FAR)
 
