@@ -175,7 +175,7 @@ def check_regression_by_laplace(ratio: float = 1.0, **settings) -> None:
 
 def gamma_poisson(y=None):
     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
-    with pyro.plate("data", 4):
+    with pyro.plate("data", 4 if y is None else len(y)):
         pyro.sample("y", dist.Poisson(rate), obs=y)
 
 

@@ -321,9 +321,9 @@ def test_randomized_priors(fault, monkeypatch):
 def test_targets_without_noise(monkeypatch):
     from bnn.inference import randomized_priors
 
-    plain = randomized_priors._noisy
+    plain = randomized_priors.moved_targets
     monkeypatch.setattr(
-        randomized_priors, "_noisy", lambda e, sd, *rest: plain(e, 1e-6 * sd, *rest)
+        randomized_priors, "moved_targets", lambda e, sd, *rest: plain(e, 1e-6 * sd, *rest)
     )
     _fails(exact.check_regression_by_randomized_priors, **SHORT)
 
