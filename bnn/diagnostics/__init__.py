@@ -91,21 +91,19 @@ def _found(
         chain = convergence.of_chains(posterior, looked)
         found = [*convergence.of_sampler(posterior.stats), *chain]
         worth = min([each.value for each in chain if each.name == "bulk ESS of f"] or [worth])
-    flat = None if looked is None else collapse.spread(looked)
-    if (
-        looked is not None
-        and flat is not None
-        and flat.doubtful
-        and collapse.fixed(posterior, looked)
-    ):
-        missing[collapse.SPREAD] = missing[collapse.MOVED] = (
-            "f is one and the same at all draws of the prior too: the sites are scales or "
-            "correlations, and it cannot tell what the data have done to them."
-        )
-    elif looked is not None:
-        found.append(flat)
+    if looked is not None:
+        spread = collapse.spread(looked)
+        scales = spread is not None and spread.doubtful and collapse.of_scales(posterior, looked)
+        if scales:
+            missing[collapse.SPREAD] = missing[collapse.MOVED] = (
+                "f does not depend on the sites, which all have a part in how y varies: it cannot "
+                "tell what the data have done to them."
+            )
+        else:
+            found.append(spread)
         try:
-            found += collapse.since_prior(posterior, looked, worth, quick=quick)
+            since = collapse.since_prior(posterior, looked, worth, quick=quick)
+            found += [each for each in since if not scales or each.name != collapse.MOVED]
         except Exception as error:  # of the model, where its prior takes it: the rest can be told
             missing[collapse.MOVED] = f"{type(error).__name__} at a draw of it: {error}"
         told = collapse.MOVED in missing or any(

@@ -66,19 +66,27 @@ def spread(looked: Looked) -> Finding | None:
     )
 
 
-def fixed(posterior: "Posterior", looked: Looked) -> bool:
-    """True where y follows the sites and f does not: scales and correlations, f tells nothing."""
+def of_scales(posterior: "Posterior", looked: Looked) -> bool:
+    """True where f depends on no site, and the density of the rows on each: scales, correlations.
+
+    Of a net whose output is not used f does not depend on the sites either, nor does the density.
+    """
     if looked.prediction is None or not posterior.sites.predicts or not looked.rows.numel():
         return False
     try:
         with on(posterior.device):
-            _, before = prior_draws(posterior.model, looked.inputs, posterior.sites, 2, seed=0)
+            latent, before = prior_draws(posterior.model, looked.inputs, posterior.sites, 2, seed=0)
         if before is None or not bool((before.f == before.f[:, :1]).all()):
             return False
-        each = thinned(posterior, 2, posterior.data.rows).log_likelihood()
+        moved = {  # at draw k site k alone is elsewhere than at the first
+            name: torch.stack([v[0, int(k == at)] for at in range(len(latent) + 1)])[None]
+            for k, (name, v) in enumerate(latent.items(), start=1)
+            if name in posterior.draws
+        }
+        first, *others = replace(posterior, draws=moved).log_likelihood()[0]
     except Exception:  # of the model, where its prior takes it; or the rows are a loader's
         return False
-    return not torch.equal(each, each[:, :1].expand_as(each))
+    return len(moved) == len(posterior.draws) and not any(torch.equal(first, o) for o in others)
 
 
 def since_prior(

@@ -83,7 +83,9 @@ def of_k(k: float, log_ratios: Tensor, whose: str = "posterior") -> Finding:
         + (
             "q misses mass that p has, and its widths are its own."
             if far
-            else f"q is close to p, and reweighting would keep {kept:.1%} of its draws' worth."
+            else f"the ratios are all but equal, and reweighted draws worth {kept:.1%} of as many."
+            if kept > _ALIKE
+            else "reweighting its draws would work."
         ),
         advice='Take a wider family (SVI guide="full_rank" or "flow"), or bnn.NUTS; predictions '
         "can be good all the same: score them on held-out rows.",

@@ -396,7 +396,7 @@ def test_khat_of_ratios_that_are_all_but_equal_is_no_cause_for_doubt():
         finding = named(report)["k-hat of q"]
         above += finding.value > finding.threshold
         assert not finding.doubtful, finding
-        assert "would keep 99" in finding.meaning
+        assert "all but equal, and reweighted draws worth 99" in finding.meaning
     assert above
 
 
@@ -407,7 +407,21 @@ def test_a_model_of_scales_is_not_judged_by_its_constant_mean(method):
         warnings.simplefilter("error", bnn.ConvergenceWarning)
         report = bnn.fit(scale, y, method=method).diagnose()
     assert not report.doubtful, report
-    assert "f is one and the same" in report.missing["distance from the prior"]
+    assert "f does not depend on the sites" in report.missing["distance from the prior"]
+
+
+def test_a_net_whose_output_is_not_used_has_no_variance():
+    """Its noise is learned, and y so follows a site: f is constant, and ought not to be."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(0 * (x @ w), s), obs=y)
+
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    report = fit(model, x, x[:, 0], method=bnn.NUTS(chains=4, warmup=100, draws=100)).diagnose()
+    assert "spread of f" in {each.name for each in report.doubtful}
 
 
 def test_khat_of_svi():
