@@ -34,6 +34,8 @@ from bnn.inference._own_dropout import Call, Dropping, Watch
 from bnn.method import Tensors
 from bnn.observations import innermost
 
+_NUMBER = int | float | np.integer | np.floating
+
 
 @dataclass(frozen=True)
 class Place:
@@ -363,7 +365,7 @@ def check_rates(method: str, name: str, rate: Any, *, zero: bool = False) -> Non
     if isinstance(rate, Mapping) and not rate:
         raise ValueError(f"{method}({name}={rate!r}): name a site, or pass a number.")
     for site, one in (rate if isinstance(rate, Mapping) else {"": rate}).items():
-        number = isinstance(one, int | float | np.number) and not isinstance(one, bool)
+        number = isinstance(one, _NUMBER) and not isinstance(one, bool)
         if not isinstance(site, str) or not number:
             raise TypeError(
                 f"{method}({name}={rate!r}): pass a number, for example 0.1, or numbers by site, "

@@ -22,7 +22,7 @@ When not to use it: where widths matter and another method can be had; on few ro
 """
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -137,7 +137,7 @@ class SWAG(Optimised):
                 f"SWAG's width is the noise of minibatches, and one of {size} rows of {data.rows} "
                 f"has none. Pass batch_size below {data.rows}."
             )
-        check_batch(model, data, sites, replace(self, batch_size=size))
+        check_batch(model, data, sites, self, None if sites.subsampled else size)
         energy = Energy(model, data, sites)
         members = Members(self.restarts, energy, energy.terms, data, self.batch_size)
         starts = energy.initial(self.restarts, branch(seed, 0))

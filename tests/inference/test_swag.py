@@ -84,6 +84,20 @@ def test_restarts_are_clouds_at_modes_of_their_own():
     assert len(set(w[:, 0].tolist())) == 6
 
 
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+def test_a_plate_that_draws_its_rows_sees_all_of_them():
+    """Ours would be twenty, of which it cannot draw thirty-two."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=32) as rows:
+            pyro.sample("y", dist.Normal(w * x[rows], 1.0), obs=y[rows])
+
+    x, y = torch.ones(200), torch.randn(200, generator=torch.Generator().manual_seed(0))
+    method = bnn.SWAG(steps=1_000, collection=2_000)
+    assert bnn.fit(model, x, y, method=method).draws["w"].shape == (1, 1_000)
+
+
 def test_draws_of_a_positive_site_are_positive():
     y = torch.tensor([3.0, 1.0, 4.0, 2.0])
     posterior = bnn.fit(
