@@ -22,7 +22,17 @@ from torch import Tensor
 from bnn.arguments import call_of
 from bnn.data import Data, shape_of, take, take_filled
 from bnn.errors import DataError, DataWarning, ModelError, outside
-from bnn.handlers import At, Capture, Score, is_statement, quiet_pyro, seeded, unvalidated
+from bnn.handlers import (
+    At,
+    Capture,
+    Score,
+    at_another_draw,
+    is_statement,
+    quiet_pyro,
+    seeded,
+    singular,
+    unvalidated,
+)
 from bnn.method import Method, Model, name_of
 from bnn.observations import (
     as_support_takes,
@@ -56,7 +66,19 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
         ModelError: no or several observed sites, a shape that broadcasts, a moving support, ...
         DataError: the observations lie outside the support of their distribution.
     """
-    with quiet_pyro(), seeded(np.random.SeedSequence(0)):
+    for attempt in range(_RUNS):
+        try:
+            return _checked(model, data, adds_sites, np.random.SeedSequence(attempt))
+        except ModelError as error:  # at a draw of the prior at which a matrix has no factors
+            if not singular(error.__cause__) or attempt == _RUNS - 1:
+                raise
+    raise AssertionError
+
+
+def _checked(
+    model: Model, data: Data, adds_sites: bool, seed: np.random.SeedSequence
+) -> tuple[Data, Sites]:
+    with quiet_pyro(), seeded(seed):
         data, trace = _first_run(model, data)
         observed = _observed_site(trace, data, call_of(model, data))
         site = trace.nodes[observed]
@@ -106,19 +128,29 @@ def check(model: Model, data: Data, *, adds_sites: bool = False) -> tuple[Data, 
         return data, replace(sites, predicts=_check_prediction(model, data, sites))
 
 
-def check_batch(model: Model, data: Data, sites: Sites, method: Method) -> None:
+def check_batch(
+    model: Model, data: Data, sites: Sites, method: Method, size: int | None = None
+) -> None:
     """Refuses minibatches on which the model cannot be run, or is another model.
+
+    Args:
+        model: the user's model.
+        data: its arguments.
+        sites: what it states.
+        method: whose minibatches.
+        size: rows in one, where the method has chosen it; None takes its `batch_size`.
 
     Raises:
         ModelError: names the plate or site, and the rows that it is shown and needs.
     """
-    size, whole = getattr(method, "batch_size", None), len(data.observations)
-    if size is None or size >= whole:
+    size, whole = size or getattr(method, "batch_size", None), len(data.observations)
+    if size is None or size >= whole or data.loader is not None:  # a loader's first was run
         return
     shows = f"{type(method).__name__}(batch_size={size}) shows the model {size} rows at a time, and"
     with quiet_pyro(), seeded(np.random.SeedSequence(0)), torch.no_grad():
+        some = take(data.tensors, slice(size))
         try:
-            trace: Any = poutine.trace(model).get_trace(*take(data.tensors, slice(size)))
+            trace: Any = at_another_draw(lambda: poutine.trace(model).get_trace(*some))
             cause = None
         except Exception as error:
             trace, cause = poutine.Trace(), error

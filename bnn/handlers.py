@@ -319,6 +319,22 @@ def threads(work: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def singular(error: BaseException | None) -> bool:
+    """True where a run ended at a matrix that has no factors: the density there is 0 or rounded."""
+    return isinstance(error, RuntimeError) and "linalg." in str(error)
+
+
+def at_another_draw(run: Callable[[], Any], attempts: int = 100) -> Any:
+    """Runs a model at draws of its prior until each matrix of it has factors."""
+    for _ in range(attempts - 1):
+        try:
+            return run()
+        except RuntimeError as error:
+            if not singular(error):
+                raise
+    return run()
+
+
 @contextmanager
 def parameters(
     model: Callable[..., Any], args: tuple[Any, ...], values: Mapping[str, Tensor] | None = None
@@ -337,7 +353,7 @@ def parameters(
     store, given = pyro.get_param_store(), values or {}
     with store.scope():
         with poutine.block():
-            model(*args)
+            at_another_draw(lambda: model(*args))
         leaves = dict(store.named_parameters())
         before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         constraints = store.get_state()["constraints"]

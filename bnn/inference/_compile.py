@@ -169,11 +169,6 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 
 
-def singular(error: Exception) -> bool:
-    """True where a run ended at a matrix that has no factors: the density there is 0 or rounded."""
-    return "linalg." in str(error)
-
-
 def _fold(graph: GraphModule) -> GraphModule:
     """Evaluates every operation that does not depend on an input, and drops those without effect.
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bnn.data import Data
-from bnn.handlers import seeded
-from bnn.inference._compile import singular
+from bnn.handlers import seeded, singular
 from bnn.inference._energy import Energy
 from bnn.inference._rowwise import Ask, Draw
 from bnn.sites import Sites

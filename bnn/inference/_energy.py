@@ -22,8 +22,8 @@ from torch.func import vmap
 
 from bnn.data import Data, take
 from bnn.errors import ApproximationWarning, FitError, ModelError, PerformanceWarning, outside
-from bnn.handlers import At, Capture, NotFinite, Score, branch, seeded
-from bnn.inference._compile import first_line, singular
+from bnn.handlers import At, Capture, NotFinite, Score, at_another_draw, branch, seeded, singular
+from bnn.inference._compile import first_line
 from bnn.method import Model, Tensors
 from bnn.sites import Sites, to_support
 
@@ -276,9 +276,11 @@ class Energy:
             return torch.zeros(count, 0)
         draws = self.prior_draws(32, seed)
         median, reach = draws.median(0).values, 2 * draws.std(0)
-        for edge in (draws.amin(0), draws.amax(0)):  # of the numbers, not of a prior beyond them
-            stuck = (draws == edge).double().mean(0) > _STUCK
-            reach = torch.where(stuck & (edge.abs() > _EDGE), torch.inf, reach)
+        for slot in (slot for slot in self.slots if not slot.real):
+            own = draws[:, slot.span]
+            for edge in (own.amin(0), own.amax(0)):  # of float32, and not of a prior beyond it
+                stuck = ((own == edge).double().mean(0) > _STUCK) & (edge.abs() > _EDGE)
+                reach[slot.span] = torch.where(stuck, torch.inf, reach[slot.span])
         centre = torch.where(median.abs() > reach, median, 0.0)
         wide = torch.full_like(median, _BOUND)
         if overdispersed:
@@ -333,14 +335,9 @@ class Energy:
         with seeded(seed), torch.no_grad():
             return torch.stack([self._prior_draw() for _ in range(count)])
 
-    def _prior_draw(self, attempts: int = _ATTEMPTS) -> Tensor:
-        try:
-            with Capture(self.sites.observed) as capture:
-                self.model(*self.few)
-        except RuntimeError as error:
-            if attempts == 1 or not singular(error):
-                raise
-            return self._prior_draw(attempts - 1)
+    def _prior_draw(self) -> Tensor:
+        with Capture(self.sites.observed) as capture:
+            at_another_draw(lambda: self.model(*self.few))
         z = self.flatten(capture.values)  # a draw rounded to the edge of its support is at infinity
         return torch.nan_to_num(z, nan=0.0, posinf=_FAR, neginf=-_FAR)
 

@@ -179,6 +179,7 @@ def maximise(
     average over its flat stretches, or where none is told over about its second half (Polyak),
     which takes out the noise of the steps; one that the budget cuts while it rises ends where it
     is. Members share the steps and nothing else: each has its own learning rate, stages and end.
+    Only a matrix without factors, in a step that is not compiled, counts against all of them.
 
     Args:
         objective: see `bnn.inference._step.Objective`.

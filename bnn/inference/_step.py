@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from bnn import processes
 from bnn.chunks import Work
 from bnn.errors import CheckpointError, PerformanceWarning, outside
-from bnn.handlers import branch, seeded
-from bnn.inference._compile import compiled, first_line, graph_of, singular
+from bnn.handlers import branch, seeded, singular
+from bnn.inference._compile import compiled, first_line, graph_of
 
 Objective = Callable[[Mapping[str, Tensor], tuple[Any, ...], Tensor, tuple[Tensor, ...]], Tensor]
 """Of leaves, a batch, the weight of the KL and noise: () or (member,); larger is better."""
@@ -184,14 +184,15 @@ class Step:
         noise = self.noise(batch)
         fresh = self.good is not None and self.steps % BACK == 0
         before = self._present() if fresh else None
+        self.cause = None
         try:
             if self._program is not None and self._fits(batch):
                 outcome = self._program(batch, noise)
             else:
                 state = self.state, self._rate, self._weight
                 outcome = self._eager(self.leaves, *state, noise, batch)
-        except RuntimeError as error:
-            if not singular(error):
+        except RuntimeError as error:  # which member it was is not told, and all count as lost
+            if not singular(error) or processes.current() is not None:
                 raise
             self.cause = error
             outcome = torch.stack([torch.full_like(self._rate, torch.nan), 0 * self._rate])

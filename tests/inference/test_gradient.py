@@ -676,8 +676,9 @@ def test_few_rows_show_sites_that_do_not_count_them():
 
 
 def edge(x, y=None):
-    """No covariance where z > 1.7, and none of the posterior there."""
+    """No covariance where z > 1.7, and none of the posterior there; s has a part in none of it."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("s", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         covariance = (1.5 - z) * torch.eye(2) + 0.2
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=y)
@@ -693,8 +694,8 @@ def test_a_matrix_without_factors_is_a_density_of_zero_in_its_lane_alone(route):
         energy = _energy(edge, *EDGE)
         gradient = Gradient(energy, 4, np.random.SeedSequence(0), route)
         assert gradient.route == route
-        value, slope = gradient(torch.tensor([[0.0], [3.0], [-1.0], [5.0]]))
-        exact = gradient(torch.tensor([[0.0], [0.5], [-1.0], [0.0]]))
+        value, slope = gradient(torch.tensor([[0.0, 1.0], [3.0, 1.0], [-1.0, 1.0], [5.0, 1.0]]))
+        exact = gradient(torch.tensor([[0.0, 1.0], [0.5, 1.0], [-1.0, 1.0], [0.0, 1.0]]))
     assert not value[[1, 3]].isfinite().any()
     assert torch.equal(value[[0, 2]], exact[0][[0, 2]])
     assert torch.equal(slope[[0, 2]], exact[1][[0, 2]])
@@ -734,6 +735,34 @@ def test_a_constant_matrix_is_factorised_once_and_checked_then(kind):
         warnings.simplefilter("error")
         energy = _energy(model, torch.randn(N, 4), torch.zeros(N))
         assert Gradient(energy, 4, np.random.SeedSequence(0)).route == "traced"
+
+
+@pytest.mark.filterwarnings("ignore::bnn.errors.ConvergenceWarning")
+@pytest.mark.parametrize("seed", range(20))
+def test_no_draw_of_a_prior_that_has_no_factors_ends_a_fit(seed):
+    """One in 22 has none; and of this correlation six in ten, of which the checks meet some."""
+
+    def correlated(x, y=None):
+        r = pyro.sample("r", dist.Normal(0.0, 2.0))
+        matrix = torch.eye(2) + r * (1 - torch.eye(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), matrix), obs=y)
+
+    for model in (edge, correlated):
+        posterior = bnn.fit(model, *EDGE, method=bnn.MAP(steps=3), seed=seed)
+        assert all(v.isfinite().all() for v in posterior.draws.values())
+
+
+def test_a_narrow_prior_far_out_starts_there():
+    """Half its draws are the same float32, as those of one too vague for it are."""
+
+    def model(y=None):
+        mu = pyro.sample("mu", dist.Normal(1.7e9, 10.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(mu, 100.0), obs=y)
+
+    starts = _energy(model, torch.full((5,), 1.7e9)).starts(4, np.random.SeedSequence(0))
+    assert (starts - 1.7e9).abs().max() < 1_000
 
 
 @pytest.mark.parametrize("seed", [0, 1])
